@@ -1,0 +1,38 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each makes its own environment first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test fast lint clean
+
+demo: $(VENV)/run
+	$(BIN)/miniplm run recipes/quickstart.yaml
+
+test: lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+fast: $(VENV)/dev                      ## the tests that take a moment, for the inner loop
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch goes first and alone: asked for by its exact version, pip takes the CPU build where one is at hand;
+# asked for by another package, it takes the newest build and several GB of CUDA with it.
+$(VENV)/torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	touch $@
+
+$(VENV)/run: pyproject.toml $(VENV)/torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,report]"
+	touch $@
+
+$(VENV)/dev: pyproject.toml $(VENV)/run
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,report,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,83 @@
+"""Progress of long work: a bar with rate and time left in a terminal, a plain line now and then elsewhere.
+
+Everything goes to standard error, so that standard output stays for results. `MINIPLM_PROGRESS=off` silences it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Protocol
+
+from tqdm import tqdm
+
+_PLAIN_INTERVAL_SECONDS = 10.0
+
+
+class Meter(Protocol):
+    """What a stage reports to."""
+
+    def advance(self, amount: int) -> None:
+        """Say that `amount` more units are done."""
+
+
+@contextlib.contextmanager
+def progress(label: str, total: int | None, unit: str, done: int = 0) -> Iterator[Meter]:
+    """Show the progress of `label`: `done` of `total` units at the start (`total` None: unknown)."""
+    meter: Meter
+    if os.environ.get("MINIPLM_PROGRESS") == "off":
+        yield _Silent()
+    elif sys.stderr.isatty():
+        with tqdm(desc=label, total=total, unit=unit, unit_scale=True, initial=done, dynamic_ncols=True) as bar:
+            meter = _Bar(bar)
+            yield meter
+    else:
+        plain = _Plain(label, total, unit, done)
+        yield plain
+        plain.close()
+
+
+class _Silent:
+    def advance(self, amount: int) -> None:
+        pass
+
+
+class _Bar:
+    def __init__(self, bar: tqdm[object]) -> None:
+        self.bar = bar
+
+    def advance(self, amount: int) -> None:
+        self.bar.update(amount)
+
+
+class _Plain:
+    def __init__(self, label: str, total: int | None, unit: str, done: int) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.initial = self.done = done
+        self.begun = self.printed = time.monotonic()
+
+    def advance(self, amount: int) -> None:
+        self.done += amount
+        if time.monotonic() - self.printed >= _PLAIN_INTERVAL_SECONDS:
+            self._print()
+
+    def close(self) -> None:
+        self._print()
+
+    def _print(self) -> None:
+        self.printed = time.monotonic()
+        seconds = self.printed - self.begun
+        rate = (self.done - self.initial) / max(seconds, 1e-9)
+        scaled = tqdm.format_sizeof
+        line = f"{self.label}: {scaled(self.done)}"
+        if self.total:
+            line += f" of {scaled(self.total)} {self.unit} ({self.done / self.total:.0%})"
+        else:
+            line += f" {self.unit}"
+        line += f", {scaled(rate)} {self.unit}/s, {tqdm.format_interval(seconds)} so far"
+        if self.total and rate and self.done < self.total:
+            line += f", {tqdm.format_interval((self.total - self.done) / rate)} left"
+        print(line, file=sys.stderr, flush=True)  # noqa: T201 (this is what the function is for)
