@@ -23,25 +23,31 @@ class Meter(Protocol):
     def advance(self, amount: int) -> None:
         """Say that `amount` more units are done."""
 
+    def skip(self, amount: int) -> None:
+        """Say that `amount` units had been done before this run; they count as done, not as fast."""
+
 
 @contextlib.contextmanager
-def progress(label: str, total: int | None, unit: str, done: int = 0) -> Iterator[Meter]:
-    """Show the progress of `label`: `done` of `total` units at the start (`total` None: unknown)."""
+def progress(label: str, total: int | None, unit: str) -> Iterator[Meter]:
+    """Show the progress of `label` towards `total` units (None: unknown)."""
     meter: Meter
     if os.environ.get("MINIPLM_PROGRESS") == "off":
         yield _Silent()
     elif sys.stderr.isatty():
-        with tqdm(desc=label, total=total, unit=unit, unit_scale=True, initial=done, dynamic_ncols=True) as bar:
+        with tqdm(desc=label, total=total, unit=unit, unit_scale=True, dynamic_ncols=True) as bar:
             meter = _Bar(bar)
             yield meter
     else:
-        plain = _Plain(label, total, unit, done)
+        plain = _Plain(label, total, unit)
         yield plain
         plain.close()
 
 
 class _Silent:
     def advance(self, amount: int) -> None:
+        pass
+
+    def skip(self, amount: int) -> None:
         pass
 
 
@@ -52,17 +58,26 @@ class _Bar:
     def advance(self, amount: int) -> None:
         self.bar.update(amount)
 
+    def skip(self, amount: int) -> None:
+        self.bar.initial = amount
+        self.bar.n = amount
+        self.bar.refresh()
+
 
 class _Plain:
-    def __init__(self, label: str, total: int | None, unit: str, done: int) -> None:
+    def __init__(self, label: str, total: int | None, unit: str) -> None:
         self.label, self.total, self.unit = label, total, unit
-        self.initial = self.done = done
+        self.initial = self.done = 0
         self.begun = self.printed = time.monotonic()
 
     def advance(self, amount: int) -> None:
         self.done += amount
         if time.monotonic() - self.printed >= _PLAIN_INTERVAL_SECONDS:
             self._print()
+
+    def skip(self, amount: int) -> None:
+        self.initial += amount
+        self.done += amount
 
     def close(self) -> None:
         self._print()

@@ -1,0 +1,1 @@
+"""Transformers models as scoring and training need them: loaded safely, split into backbone and head."""

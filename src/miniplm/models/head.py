@@ -1,0 +1,156 @@
+"""The output head, a chunk of positions at a time: log-probabilities and cross entropy without the logits.
+
+A model is used as backbone (ids -> hidden states `[N, D]`) and head (a `[V, D]` matrix). The logits `[N, V]` of a batch of
+16 x 1,024 positions and 151,936 tokens are 10 GB in float32; here at most `_CHUNK_ELEMENTS` of them (or 256 rows) exist at once.
+
+Why not `torch.nn.functional.linear_cross_entropy`: with bfloat16 inputs torch 2.13 on CPU returned 8.0 for a loss of 12.55
+(V = 151,936; it sums in the input's dtype), took 5 to 10 times as long there, and torch 2.11 does not have it. *Measured
+2026-11-20, NOTES.md.*
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from miniplm.errors import ModelError
+
+_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}  # logits at once; measured on CPU (L2-sized is fastest), assumed on CUDA
+_SMALLEST_CHUNK_ROWS = 256  # below, the gradient of the head is read and written too often
+_HEAD_TOLERANCE = 0.02  # of the largest logit; bfloat16 has 3 digits, a soft cap or a logit scale is far beyond it
+
+
+def hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """The backbone's last hidden states, `[B, T, D]` for ids `[B, T]`. Attention is causal over the whole row."""
+    hidden: Tensor = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    return hidden
+
+
+def head_of(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
+    """The head's weight `[V, D]` and bias `[V]`.
+
+    Raises:
+        ModelError: the model has no linear head.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ModelError(
+            f"{type(model).__name__} has no linear output head.", facts={"found": type(head).__name__}
+        )
+    return head.weight, head.bias
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Make sure that head(backbone(x)) are the model's own logits, on eight tokens.
+
+    Some architectures cap, scale or shift their logits after the head; scored in our way they would be wrong in silence.
+
+    Raises:
+        ModelError: they are not.
+    """
+    ids = torch.arange(8, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
+    was_training = model.training
+    model.eval()
+    expected = model(input_ids=ids, use_cache=False).logits.float()
+    weight, bias = head_of(model)
+    found = nn.functional.linear(hidden_states(model, ids), weight, bias).float()
+    model.train(was_training)
+    if (difference := (found - expected).abs().max()) > _HEAD_TOLERANCE * expected.abs().max().clamp(min=1.0):
+        raise ModelError(
+            f"{type(model).__name__} does more to its logits than a linear head.",
+            facts={"largest difference": f"{difference:.3g} nats", "expected": "logits = hidden states x weight + bias"},
+            remedy="Such models (soft-capped or scaled logits) cannot be used yet.",
+        )
+
+
+@torch.no_grad()
+def token_logp(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """log p of each target in nats, float32 `[N]`, from hidden states `[N, D]`.
+
+    The products are accumulated and kept in float32 whatever the dtype of the model is.
+    """
+    logp = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    rows = _chunk_rows(hidden, weight)
+    wide = weight if weight.is_cuda else weight.float()
+    for begin in range(0, len(targets), rows):
+        chunk = slice(begin, begin + rows)
+        if weight.is_cuda and weight.dtype != torch.float32:
+            logits = torch.mm(hidden[chunk], weight.T, out_dtype=torch.float32)
+        else:
+            logits = hidden[chunk].to(wide.dtype) @ wide.T
+        if bias is not None:
+            logits += bias
+        picked = logits.gather(1, targets[chunk, None]).squeeze(1)
+        logp[chunk] = picked - torch.logsumexp(logits, dim=1)
+    return logp
+
+
+def cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Mean negative log p of the targets in nats: a float32 scalar with gradients to hidden states and head.
+
+    Args:
+        hidden: `[N, D]`; under autocast the products are taken in autocast's dtype, as a linear layer's are.
+        weight: `[V, D]`.
+        bias: `[V]` or None.
+        targets: `[N]`, int64.
+        weights: `[N]`, what each target weighs in the mean, summing to 1; None weighs all alike.
+    """
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    with torch.autocast(kind, enabled=False):
+        loss: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), targets, weights
+        )
+    return loss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Loss and gradients in one pass over chunks; the backward pass only scales what the forward pass made."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor | None
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        needs_grad = any(ctx.needs_input_grad)
+        hidden_grad = torch.empty_like(hidden) if needs_grad else None
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        bias_grad = torch.zeros_like(bias, dtype=torch.float32) if needs_grad and bias is not None else None
+        even = 1.0 / len(targets)
+        rows = _chunk_rows(hidden, weight)
+        for begin in range(0, len(targets), rows):
+            chunk = slice(begin, begin + rows)
+            part, target = hidden[chunk], targets[chunk, None]
+            logits = nn.functional.linear(part, weight, bias)
+            logp = torch.log_softmax(logits, dim=1, dtype=torch.float32)
+            picked = logp.gather(1, target).squeeze(1)
+            total -= picked.sum(dtype=torch.float64) * even if weights is None else (picked * weights[chunk]).sum()
+            if hidden_grad is None or weight_grad is None:
+                continue
+            gradient = logp.exp_()  # of the loss by the logits: probability, less one for the target
+            gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
+            gradient *= even if weights is None else weights[chunk, None]
+            if bias_grad is not None:
+                bias_grad += gradient.sum(dim=0)
+            gradient = gradient.to(part.dtype)
+            hidden_grad[chunk] = gradient @ weight
+            weight_grad += gradient.T @ part
+        ctx.save_for_backward(hidden_grad, weight_grad, bias_grad)
+        ctx.dtype = weight.dtype
+        return total.float()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
+        by_bias = None if bias_grad is None else (bias_grad * scale).to(ctx.dtype)
+        return (hidden_grad * scale).to(hidden_grad.dtype), (weight_grad * scale).to(ctx.dtype), by_bias, None, None
+
+
+def _chunk_rows(hidden: Tensor, weight: Tensor) -> int:
+    return max(_SMALLEST_CHUNK_ROWS, _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 24) // len(weight))

@@ -1,0 +1,156 @@
+"""Models in: made new from a config, or loaded from a folder or the Hub; safetensors only, no code but transformers' own.
+
+In: a config, or a name. Out: a `transformers` causal language model, and the fingerprint of what was loaded: that of
+the artifact for a model of ours, the hash of its files for another folder, the commit for a Hub id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from miniplm import artifact
+from miniplm.artifact import MANIFEST
+from miniplm.errors import ModelError, RecipeError
+from miniplm.recipe import GivenModel, Precision
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def new_model(config: Mapping[str, Any], seed: int) -> PreTrainedModel:
+    """A model with random float32 weights; the same config and seed give the same weights.
+
+    Raises:
+        RecipeError: `transformers` knows no such `model_type` or setting.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = dict(config)
+    model_type = settings.pop("model_type")
+    torch.manual_seed(seed)
+    try:
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
+    except (ValueError, TypeError, KeyError) as error:
+        raise RecipeError(
+            f"transformers cannot make a model of this config (model_type {model_type!r}).",
+            facts={"because": str(error).splitlines()[0]},
+        ) from error
+    return made
+
+
+def load_model(given: GivenModel, dtype: Precision = "float32", device: str = "cpu") -> PreTrainedModel:
+    """Load a trained model for inference.
+
+    Raises:
+        ModelError: it is not there, its weights are pickles, it needs code of its own, or it is no causal LM.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(given.model).expanduser()
+    if folder.is_dir():
+        _refuse_pickles(folder)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            str(folder) if folder.is_dir() else given.model,
+            revision=given.revision,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=given.trust_remote_code,
+        )
+    except Exception as error:  # OSError, ValueError, ImportError, safetensors' own: all are "cannot be loaded"
+        raise ModelError(
+            f"the model {given.model!r} cannot be loaded.",
+            facts={"because": str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__},
+            remedy="It must be a folder or a Hub id with config.json and *.safetensors; models that bring their own code "
+            "need `trust_remote_code: true`, said by you.",
+        ) from error
+    return model.to(device).eval()  # type: ignore[arg-type]
+
+
+def model_fingerprint(given: GivenModel) -> str:
+    """What a given model is, independent of where it lies.
+
+    Raises:
+        ModelError: it cannot be found.
+    """
+    folder = Path(given.model).expanduser()
+    if (folder / MANIFEST).is_file():
+        return artifact.read(folder, kind="model").fingerprint
+    if folder.is_dir():
+        _refuse_pickles(folder)
+        files = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json")
+        if not any(p.suffix == ".safetensors" for p in files):
+            raise ModelError(
+                f"the folder {folder} has no weights.",
+                facts={"expected": "config.json and *.safetensors", "found": ", ".join(sorted(_names(folder))) or "nothing"},
+            )
+        listing = [(p.name, artifact.file_sha256(p)) for p in files]
+        return hashlib.sha256(json.dumps(["folder", listing]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(["hub", given.model, hub_commit(given)]).encode()).hexdigest()
+
+
+def hub_commit(given: GivenModel) -> str:
+    """The commit that a Hub id and revision stand for now; from the local cache when the Hub is out of reach.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        return str(HfApi().model_info(given.model, revision=given.revision).sha)
+    except Exception as error:  # offline, no such repository, no access, not even a valid name
+        try:
+            cached = try_to_load_from_cache(given.model, "config.json", revision=given.revision)
+        except ValueError:
+            cached = None
+        if isinstance(cached, str):
+            return Path(cached).parent.name
+        raise ModelError(
+            f"the model {given.model!r} is neither a folder here nor to be had from the Hub.",
+            facts={"because": str(error).strip().splitlines()[0]},
+        ) from error
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device that `compute.device` stands for: `auto` is CUDA where there is one, else the CPU."""
+    import torch
+
+    if wanted != "auto":
+        return torch.device(wanted)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_vocabulary(tokenizer_vocab_size: int, model_vocab_size: int, model: str) -> None:
+    """Raise ModelError if the tokenizer has ids that the model has no embedding for (more embeddings are padding)."""
+    if tokenizer_vocab_size > model_vocab_size:
+        raise ModelError(
+            "the tokenizer's vocabulary exceeds the model's.",
+            facts={"tokenizer": f"{tokenizer_vocab_size:,} tokens", model: f"{model_vocab_size:,} embeddings"},
+            remedy="Use the model's own tokenizer, or a model with at least as many embeddings.",
+        )
+
+
+def _refuse_pickles(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = [p.name for pattern in _PICKLES for p in folder.glob(pattern)]
+    if pickles:
+        raise ModelError(
+            f"the weights in {folder} are pickles, which can run any code when they are opened.",
+            facts={"found": ", ".join(sorted(pickles)), "expected": "*.safetensors"},
+            remedy="Convert them where you trust them: model.save_pretrained(folder, safe_serialization=True).",
+        )
+
+
+def _names(folder: Path) -> list[str]:
+    return [p.name for p in folder.iterdir()]

@@ -1,0 +1,44 @@
+"""Difference Sampling (paper, Eq. 4): keep the instances with the largest log p(x) − log p_ref(x)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniplm.errors import RecipeError
+from miniplm.sampling.base import Pool, Selection, check_same_instances, top_share
+from miniplm.scoring.base import Normalize, Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class DifferenceSampling:
+    """The top share by the difference of log-probabilities.
+
+    Attributes:
+        ratio: α, the share of the pool that is kept.
+        normalize: the difference per `token` (the paper's code: a difference of mean losses), per `byte`, or of the `sum`.
+        within: `source` keeps the top share inside each source, so that the corpus keeps its mixture.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"teacher", "reference"})
+    ratio: float = 0.5
+    normalize: Normalize = "token"
+    within: Literal["source"] | None = None
+
+    def select(
+        self, teacher: Scores | None = None, reference: Scores | None = None, *, pool: Pool | None = None
+    ) -> Selection:
+        """Keep ⌊ratio·N⌋ instances. Raises ArtifactMismatchError if the two were not scored on the same instances."""
+        if teacher is None or reference is None:
+            raise RecipeError("Difference Sampling needs the scores of the teacher and of the reference.")
+        scores = differences(teacher, reference, self.normalize)
+        return top_share(scores, self.ratio, Pool.of(teacher), within_source=self.within == "source")
+
+
+def differences(teacher: Scores, reference: Scores, normalize: Normalize = "token") -> NDArray[np.float64]:
+    """log p(x) − log p_ref(x) of each instance in nats, `[N]`. Raises ArtifactMismatchError as `select` does."""
+    check_same_instances(teacher, reference)
+    return teacher.per(normalize) - reference.per(normalize)

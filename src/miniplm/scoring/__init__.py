@@ -1,0 +1,1 @@
+"""Scoring: the log-probability of every packed instance under a model, once."""

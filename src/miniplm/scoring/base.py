@@ -1,0 +1,128 @@
+"""What a scorer is, and what scores are.
+
+`Scores` on disk: a folder of Parquet files, one for each shard of the packed instances and in their order; columns
+`instance` (row of the packed part), `logp`, `n_tokens`, `n_bytes`, `source`. Sums and counts are stored; means are derived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from miniplm import artifact
+from miniplm.artifact import Manifest
+from miniplm.errors import ArtifactDamagedError, ScoreError
+
+Normalize = Literal["token", "sum", "byte"]
+
+
+class Scorer(Protocol):
+    """A model that says how likely a text is to it."""
+
+    def score(self, tokens: NDArray[Any], counted: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """log p in nats, summed in float64 over the counted targets: `[B]` for `tokens [B, T+1]`, `counted [B, T]`."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of N instances.
+
+    Attributes:
+        logp: `[N]` float64, nats, summed over counted targets.
+        n_tokens: `[N]` int32, counted targets.
+        n_bytes: `[N]` int32, UTF-8 bytes of the counted targets.
+        source: `[N]`, the domain of each instance, as codes into `sources`.
+        sources: the names of the domains, sorted.
+        packed: fingerprint of the instances.
+        fingerprint: of these scores.
+        name: what messages call them (their folder).
+    """
+
+    logp: NDArray[np.float64]
+    n_tokens: NDArray[np.int32]
+    n_bytes: NDArray[np.int32]
+    source: NDArray[np.int32]
+    sources: tuple[str, ...]
+    packed: str
+    fingerprint: str = ""
+    name: str = "scores"
+
+    def __post_init__(self) -> None:
+        bad = np.flatnonzero(~np.isfinite(self.logp))
+        if len(bad):
+            raise ScoreError(
+                f"{self.name} has {len(bad):,} scores that are no numbers.",
+                facts={"first": f"instance {bad[0]:,}: log p = {self.logp[bad[0]]}"},
+                remedy="Score it again in float32 or bfloat16; float16 overflows on models trained in bfloat16.",
+            )
+        if len(self.n_tokens) and self.n_tokens.min() <= 0:
+            first = int(np.argmin(self.n_tokens))
+            raise ScoreError(f"{self.name}: instance {first:,} has {self.n_tokens[first]} counted tokens.")
+
+    def __len__(self) -> int:
+        return len(self.logp)
+
+    def per(self, normalize: Normalize) -> NDArray[np.float64]:
+        """log p per counted token, per byte, or as the sum: `[N]`."""
+        if normalize == "sum":
+            return self.logp
+        return self.logp / (self.n_tokens if normalize == "token" else np.maximum(self.n_bytes, 1))
+
+    @cached_property
+    def source_names(self) -> NDArray[np.str_]:
+        """The domain of each instance by name, `[N]`."""
+        return np.asarray(self.sources)[self.source]
+
+
+def open_scores(path: Path | str) -> Scores:
+    """Open scores on disk.
+
+    Raises:
+        ArtifactError: they are not there, not finished, or damaged.
+        ScoreError: a score is NaN or infinite.
+    """
+    path = Path(path)
+    manifest = artifact.read(path, kind="scores")
+    files = sorted(name for name in manifest.files if name.endswith(".parquet"))
+    try:
+        table = pa.concat_tables([pq.read_table(path / name) for name in files]).combine_chunks()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ArtifactDamagedError(
+            f"the scores in {path} cannot be read.",
+            facts={"because": str(error).splitlines()[0]},
+            remedy="`miniplm verify` names the file; remove the artifact and run the same command again.",
+        ) from error
+    return from_table(table, manifest)
+
+
+def from_table(table: pa.Table, manifest: Manifest) -> Scores:
+    """Scores of a table whose rows are the instances in order. Raises ScoreError if a row is missing."""
+    rows = table["instance"].to_numpy()
+    if not np.array_equal(rows, np.arange(len(rows))):
+        raise ScoreError(f"{manifest.path}: the instances are not 0 to {len(rows) - 1:,}, each once and in order.")
+    names, codes = encode_sources(table["source"].to_pylist())
+    return Scores(
+        logp=table["logp"].to_numpy(),
+        n_tokens=table["n_tokens"].to_numpy(),
+        n_bytes=table["n_bytes"].to_numpy(),
+        source=codes,
+        sources=names,
+        packed=manifest.identity.inputs["packed"],
+        fingerprint=manifest.fingerprint,
+        name=str(manifest.path),
+    )
+
+
+def encode_sources(names: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int32]]:
+    """The sorted distinct names, and each name as a code into them."""
+    distinct = tuple(sorted(set(names)))
+    index = {name: code for code, name in enumerate(distinct)}
+    return distinct, np.fromiter((index[name] for name in names), np.int32, len(names))
