@@ -55,6 +55,7 @@ class Identity:
         version: of the stage's code; raised when the stage computes something else.
         recipe: the stage's settings. Batch sizes, devices, worker counts and paths are not settings.
         inputs: role -> fingerprint of what it is made of.
+
     """
 
     kind: str
@@ -75,7 +76,8 @@ class Identity:
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """What `manifest.json` says. `files`: name -> (bytes, sha256); a folder that is itself an artifact is listed by its
-    manifest alone."""
+    manifest alone.
+    """
 
     path: Path
     identity: Identity
@@ -94,6 +96,7 @@ class Workspace:
     Attributes:
         path: the folder. Everything in it becomes part of the artifact unless it is removed.
         provenance: JSON-able facts on how this run went; the caller adds to it.
+
     """
 
     def __init__(self, path: Path) -> None:
@@ -110,6 +113,7 @@ class Workspace:
 
         Raises:
             StorageError: the disk is full. The parts that are finished stay.
+
         """
         final = self.path / name
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -149,6 +153,7 @@ def make(path: Path | str, identity: Identity, work: Callable[[Workspace], Mappi
         ArtifactMismatchError: `path`, or unfinished work beside it, is something else.
         ArtifactBusyError: another process is at work on it.
         StorageError: the disk is full.
+
     """
     path = Path(path)
     if (found := finished(path, identity)) is not None:
@@ -181,6 +186,7 @@ def finished(path: Path | str, identity: Identity) -> Manifest | None:
 
     Raises:
         ArtifactMismatchError: something else is there.
+
     """
     path = Path(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
@@ -207,6 +213,7 @@ def read(path: Path | str, kind: str | None = None) -> Manifest:
         ArtifactMissingError: nothing is there, or it is not finished.
         ArtifactMismatchError: it is of another kind.
         ArtifactDamagedError: the manifest cannot be read, a file is missing or has another size.
+
     """
     path = Path(path)
     if not (path / MANIFEST).is_file():
@@ -225,7 +232,9 @@ def read(path: Path | str, kind: str | None = None) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path / MANIFEST, "a manifest", f"not one ({error})") from error
     if recorded != manifest.fingerprint:
-        raise _damaged(path / MANIFEST, f"fingerprint {recorded[:12]}", f"its contents give {manifest.fingerprint[:12]}")
+        raise _damaged(
+            path / MANIFEST, f"fingerprint {recorded[:12]}", f"its contents give {manifest.fingerprint[:12]}"
+        )
     if kind is not None and identity.kind != kind:
         raise ArtifactMismatchError(
             f"{path} is not of the kind that is needed.", facts={"found": identity.kind, "expected": kind}
@@ -287,6 +296,7 @@ def storage(path: Path) -> Iterator[None]:
 
     Raises:
         StorageError: the disk or the quota is full.
+
     """
     try:
         yield
@@ -307,7 +317,8 @@ def _canonical(value: object) -> bytes:
 
 def _manifest(folder: Path, identity: Identity, counts: Mapping[str, Any]) -> dict[str, Any]:
     files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)} for name in _listed(folder)
+        name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
+        for name in _listed(folder)
     }
     return {"fingerprint": identity.fingerprint, **identity.as_dict(), "counts": counts, "files": files}
 

@@ -32,6 +32,7 @@ class MiniplmError(Exception):
         summary: one sentence that says what is wrong.
         facts: name -> value, printed one to a line below the summary.
         remedy: what to do, in the imperative.
+
     """
 
     def __init__(self, summary: str, *, facts: Mapping[str, object] | None = None, remedy: str = "") -> None:

@@ -271,7 +271,9 @@ class Recipe(Settings):
 
     def resolved(self) -> str:
         """The recipe as YAML with every default written out; `load` reads it back to an equal recipe."""
-        return yaml.safe_dump(self.model_dump(by_alias=True, mode="json"), sort_keys=False, allow_unicode=True, width=120)
+        return yaml.safe_dump(
+            self.model_dump(by_alias=True, mode="json"), sort_keys=False, allow_unicode=True, width=120
+        )
 
 
 def load(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
@@ -279,6 +281,7 @@ def load(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
 
     Raises:
         RecipeError: the file cannot be read or does not describe a recipe.
+
     """
     path = Path(path)
     try:

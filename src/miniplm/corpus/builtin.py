@@ -57,6 +57,7 @@ def draw(budget_bytes: int, seed: int) -> Sample:
 
     Raises:
         CorpusTooSmallError: the installation has less than half of the budget.
+
     """
     candidates = sorted(_candidates(), key=lambda c: hashlib.sha256(f"{seed}\0{c[0]}".encode()).digest())
     chosen: list[_File] = []

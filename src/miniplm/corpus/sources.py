@@ -65,6 +65,7 @@ class Documents:
     Attributes:
         fingerprint: of the contents and of everything in the settings that decides which text, ids and sources come out.
         groups: each a list of file names to be read one after the other; the unit of parallel reading.
+
     """
 
     settings: CorpusSettings
@@ -92,6 +93,7 @@ class Documents:
 
         Raises:
             CorpusError: a record is malformed or undecodable and `on_error` is `raise`; a column is missing.
+
         """
         records = self._records(name)
         columns = None
@@ -147,6 +149,7 @@ def open_documents(source: CorpusSettings | datasets.Dataset, group_bytes: int =
 
     Raises:
         CorpusError: no file matches, a format is not known, the data set cannot be found.
+
     """
     if not isinstance(source, CorpusSettings):
         return Documents(
@@ -161,7 +164,9 @@ def open_documents(source: CorpusSettings | datasets.Dataset, group_bytes: int =
         settings = source.model_copy(update={"revision": commit})
         return Documents(settings, _digest(["hub", source.hub, commit, what]), ((source.hub.replace("/", "--"),),))
     if source.files is None:
-        raise CorpusError("`source: builtin` has to be written out first.", remedy="Use miniplm.corpus.builtin.snapshot.")
+        raise CorpusError(
+            "`source: builtin` has to be written out first.", remedy="Use miniplm.corpus.builtin.snapshot."
+        )
     paths = _find_files([source.files] if isinstance(source.files, str) else source.files)
     base = Path(os.path.commonpath([p.parent for p in paths]))
     names = [p.relative_to(base).as_posix() for p in paths]
@@ -274,7 +279,8 @@ def _load(path: Path, kind: str, split: str) -> Iterator[Mapping[str, Any]]:
     except Exception as error:
         # The readers under `datasets` raise what they like: ArrowInvalid, OSError, ValueError, ...
         raise CorpusError(
-            f"{path.name} cannot be read as {kind}.", facts={"because": str(error).splitlines()[0] if str(error) else error}
+            f"{path.name} cannot be read as {kind}.",
+            facts={"because": str(error).splitlines()[0] if str(error) else error},
         ) from error
 
 

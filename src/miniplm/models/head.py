@@ -18,7 +18,10 @@ from transformers import PreTrainedModel
 
 from miniplm.errors import ModelError
 
-_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}  # logits at once; measured on CPU (L2-sized is fastest), assumed on CUDA
+_CHUNK_ELEMENTS = {
+    "cpu": 1 << 20,
+    "cuda": 1 << 28,
+}  # logits at once; measured on CPU (L2-sized is fastest), assumed on CUDA
 _SMALLEST_CHUNK_ROWS = 256  # below, the gradient of the head is read and written too often
 _HEAD_TOLERANCE = 0.02  # of the largest logit; bfloat16 has 3 digits, a soft cap or a logit scale is far beyond it
 
@@ -34,12 +37,11 @@ def head_of(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
 
     Raises:
         ModelError: the model has no linear head.
+
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
-        raise ModelError(
-            f"{type(model).__name__} has no linear output head.", facts={"found": type(head).__name__}
-        )
+        raise ModelError(f"{type(model).__name__} has no linear output head.", facts={"found": type(head).__name__})
     return head.weight, head.bias
 
 
@@ -51,6 +53,7 @@ def check_head(model: PreTrainedModel) -> None:
 
     Raises:
         ModelError: they are not.
+
     """
     ids = torch.arange(8, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
     was_training = model.training
@@ -62,14 +65,17 @@ def check_head(model: PreTrainedModel) -> None:
     if (difference := (found - expected).abs().max()) > _HEAD_TOLERANCE * expected.abs().max().clamp(min=1.0):
         raise ModelError(
             f"{type(model).__name__} does more to its logits than a linear head.",
-            facts={"largest difference": f"{difference:.3g} nats", "expected": "logits = hidden states x weight + bias"},
+            facts={
+                "largest difference": f"{difference:.3g} nats",
+                "expected": "logits = hidden states x weight + bias",
+            },
             remedy="Such models (soft-capped or scaled logits) cannot be used yet.",
         )
 
 
 @torch.no_grad()
 def token_logp(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """log p of each target in nats, float32 `[N]`, from hidden states `[N, D]`.
+    """Log p of each target in nats, float32 `[N]`, from hidden states `[N, D]`.
 
     The products are accumulated and kept in float32 whatever the dtype of the model is.
     """
@@ -100,6 +106,7 @@ def cross_entropy(
         bias: `[V]` or None.
         targets: `[N]`, int64.
         weights: `[N]`, what each target weighs in the mean, summing to 1; None weighs all alike.
+
     """
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype

@@ -29,6 +29,7 @@ def new_model(config: Mapping[str, Any], seed: int) -> PreTrainedModel:
 
     Raises:
         RecipeError: `transformers` knows no such `model_type` or setting.
+
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -51,10 +52,13 @@ def load_model(given: GivenModel, dtype: Precision = "float32", device: str = "c
 
     Raises:
         ModelError: it is not there, its weights are pickles, it needs code of its own, or it is no causal LM.
+
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # ours is enough
     folder = Path(given.model).expanduser()
     if folder.is_dir():
         _refuse_pickles(folder)
@@ -81,6 +85,7 @@ def model_fingerprint(given: GivenModel) -> str:
 
     Raises:
         ModelError: it cannot be found.
+
     """
     folder = Path(given.model).expanduser()
     if (folder / MANIFEST).is_file():
@@ -91,7 +96,10 @@ def model_fingerprint(given: GivenModel) -> str:
         if not any(p.suffix == ".safetensors" for p in files):
             raise ModelError(
                 f"the folder {folder} has no weights.",
-                facts={"expected": "config.json and *.safetensors", "found": ", ".join(sorted(_names(folder))) or "nothing"},
+                facts={
+                    "expected": "config.json and *.safetensors",
+                    "found": ", ".join(sorted(_names(folder))) or "nothing",
+                },
             )
         listing = [(p.name, artifact.file_sha256(p)) for p in files]
         return hashlib.sha256(json.dumps(["folder", listing]).encode()).hexdigest()
@@ -103,6 +111,7 @@ def hub_commit(given: GivenModel) -> str:
 
     Raises:
         ModelError: there is no such model.
+
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
 

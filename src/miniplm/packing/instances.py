@@ -58,6 +58,7 @@ class Packed:
         path: its folder.
         manifest: what it is.
         dataset: the rows, memory-mapped.
+
     """
 
     path: Path
@@ -114,6 +115,7 @@ def open_packed(path: Path | str) -> Packed:
 
     Raises:
         ArtifactError: it is not there, not finished, damaged, or no packed part.
+
     """
     import datasets
 
@@ -133,6 +135,7 @@ def counted(
         separator: the token between documents.
         rule: `all` counts every target that is there. `skip_after_separator` leaves out the first token of
             each document after the first, as the paper's code does (it masks positions whose input is the end of text).
+
     """
     targets = input_ids.shape[1] - 1
     mask = np.arange(1, targets + 1)[None, :] < np.asarray(length)[:, None]

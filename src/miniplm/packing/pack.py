@@ -31,6 +31,7 @@ class Stream:
     Attributes:
         documents: ids of the documents, in order.
         tokens: the tokens of each that are still waiting, separator included.
+
     """
 
     documents: list[str] = field(default_factory=list)
@@ -92,6 +93,7 @@ def pack(
 
     Returns:
         The instances, and the stream that is left; the last document in an instance may also be the first of what is left.
+
     """
     tokens = np.concatenate(stream.tokens) if stream.tokens else np.empty(0, np.uint32)
     edges = _exact_edges(len(tokens), length) if ends is None else _sentence_edges(tokens, length, ends)

@@ -95,10 +95,10 @@ class Corpus:
         return open_packed(self.path / name)
 
 
-def identity(documents: Documents, settings: PrepareSettings) -> Identity:
-    """What the prepared corpus is. A tokenizer that is given enters by its vocabulary, not by its name."""
+def identity(documents: str, settings: PrepareSettings) -> Identity:
+    """What the prepared corpus is; `documents` is a fingerprint. A given tokenizer enters by its vocabulary, not its name."""
     recipe = settings.model_dump(mode="json", exclude={"tokenizer": {"name", "revision"}})
-    inputs = {"documents": documents.fingerprint}
+    inputs = {"documents": documents}
     if settings.tokenizer.train is None:
         inputs["tokenizer"] = tokenizers.from_settings(settings.tokenizer).fingerprint
     return Identity("corpus", VERSION, recipe, inputs)
@@ -112,8 +112,9 @@ def prepare(documents: Documents, settings: PrepareSettings, out: Path, engine: 
         CorpusTooSmallError: a part has too little text for one instance.
         TokenizerError: the tokenizer cannot be loaded or trained.
         ArtifactError: `out` holds something else.
+
     """
-    what = identity(documents, settings)
+    what = identity(documents.fingerprint, settings)
     manifest = artifact.make(out, what, lambda work: _prepare(work, what, documents, settings, engine or LocalEngine()))
     return Corpus(out, manifest)
 
@@ -274,7 +275,9 @@ def _ledger(streams: Mapping[tuple[str, str], Stream], counts: Counter[str]) -> 
         metadata={"counts": json.dumps(counts, sort_keys=True)},
     )
     columns = list(zip(*rows, strict=True)) or [[], [], [], []]
-    return pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema)
+    return pa.table(
+        [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema
+    )
 
 
 def _counts(ledger: pa.Table) -> Counter[str]:
@@ -363,7 +366,12 @@ def _refuse_empty_parts(counts: Mapping[str, Any], settings: PrepareSettings) ->
 
 
 def _seal(
-    work: Workspace, what: Identity, part: str, found: Mapping[str, Any], tokenizer: Tokenizer, settings: PrepareSettings
+    work: Workspace,
+    what: Identity,
+    part: str,
+    found: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    settings: PrepareSettings,
 ) -> None:
     """Make a part a folder that `datasets.load_from_disk` opens and that is an artifact of its own."""
     files = dataset_files(

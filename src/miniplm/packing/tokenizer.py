@@ -35,6 +35,7 @@ class Tokenizer:
     Attributes:
         backend: the Rust tokenizer.
         separator: id of the token after every document (the end of text).
+
     """
 
     backend: Any
@@ -112,6 +113,7 @@ def load(name: Path | str, revision: str | None = None, separator: str | None = 
 
     Raises:
         TokenizerError: it cannot be found, or has no end of text that could be told from its files.
+
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -142,6 +144,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     Raises:
         TokenizerError: the texts have too few different pairs for so many merges.
+
     """
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

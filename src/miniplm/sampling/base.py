@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from miniplm import artifact
 from miniplm.artifact import Identity, Manifest, Workspace
 from miniplm.errors import ArtifactMismatchError, RecipeError, ScoreError
-from miniplm.scoring.base import Scores
+from miniplm.packing.instances import Packed
+from miniplm.scoring.base import Scores, encode_sources
 
 VERSION = 1
 _ROWS = "rows.parquet"
@@ -34,6 +35,7 @@ class Pool:
         fingerprint: of the packed part.
         source: `[N]` int32, codes into `sources`.
         sources: names of the domains, sorted.
+
     """
 
     fingerprint: str
@@ -44,9 +46,12 @@ class Pool:
         return len(self.source)
 
     @classmethod
-    def of(cls, scores: Scores) -> Pool:
-        """The instances that some scores are of."""
-        return cls(scores.packed, scores.source, scores.sources)
+    def of(cls, instances: Scores | Packed) -> Pool:
+        """The instances of a packed part, or those that some scores are of."""
+        if isinstance(instances, Scores):
+            return cls(instances.packed, instances.source, instances.sources)
+        sources, codes = encode_sources(instances.dataset.data.column("source").to_pylist())
+        return cls(instances.fingerprint, codes, sources)
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class Selection:
         threshold: the smallest score that was kept; None where there is no single one.
         by_source: source -> (kept, in the pool).
         packed: fingerprint of the pool.
+
     """
 
     rows: NDArray[np.int64]
@@ -69,6 +75,18 @@ class Selection:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def check_of(self, packed: Packed) -> None:
+        """Raise ArtifactMismatchError if the rows are those of other instances."""
+        if self.packed != packed.fingerprint:
+            raise ArtifactMismatchError(
+                "the selection is of other instances.",
+                facts={
+                    "selection": f"packed {self.packed[:12]}  {self.of:,} instances",
+                    "instances": f"packed {packed.fingerprint[:12]}  {len(packed):,} instances  {packed.path}",
+                },
+                remedy="Select from the scores of these instances.",
+            )
 
     @classmethod
     def of_rows(cls, rows: NDArray[np.int64], pool: Pool, threshold: float | None = None) -> Selection:
@@ -109,6 +127,7 @@ def top_k(scores: NDArray[np.float64], k: int) -> NDArray[np.int64]:
 
     Raises:
         ScoreError: a score is NaN or infinite; the instance is named.
+
     """
     bad = np.flatnonzero(~np.isfinite(scores))
     if len(bad):

@@ -21,6 +21,7 @@ class DifferenceSampling:
         ratio: α, the share of the pool that is kept.
         normalize: the difference per `token` (the paper's code: a difference of mean losses), per `byte`, or of the `sum`.
         within: `source` keeps the top share inside each source, so that the corpus keeps its mixture.
+
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher", "reference"})
@@ -39,6 +40,6 @@ class DifferenceSampling:
 
 
 def differences(teacher: Scores, reference: Scores, normalize: Normalize = "token") -> NDArray[np.float64]:
-    """log p(x) − log p_ref(x) of each instance in nats, `[N]`. Raises ArtifactMismatchError as `select` does."""
+    """Log p(x) − log p_ref(x) of each instance in nats, `[N]`. Raises ArtifactMismatchError as `select` does."""
     check_same_instances(teacher, reference)
     return teacher.per(normalize) - reference.per(normalize)

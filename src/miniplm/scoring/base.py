@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from miniplm import artifact
-from miniplm.artifact import Manifest
 from miniplm.errors import ArtifactDamagedError, ScoreError
 
 Normalize = Literal["token", "sum", "byte"]
@@ -28,7 +27,7 @@ class Scorer(Protocol):
     """A model that says how likely a text is to it."""
 
     def score(self, tokens: NDArray[Any], counted: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """log p in nats, summed in float64 over the counted targets: `[B]` for `tokens [B, T+1]`, `counted [B, T]`."""
+        """Log p in nats, summed in float64 over the counted targets: `[B]` for `tokens [B, T+1]`, `counted [B, T]`."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class Scores:
         packed: fingerprint of the instances.
         fingerprint: of these scores.
         name: what messages call them (their folder).
+
     """
 
     logp: NDArray[np.float64]
@@ -71,7 +71,7 @@ class Scores:
         return len(self.logp)
 
     def per(self, normalize: Normalize) -> NDArray[np.float64]:
-        """log p per counted token, per byte, or as the sum: `[N]`."""
+        """Log p per counted token, per byte, or as the sum: `[N]`."""
         if normalize == "sum":
             return self.logp
         return self.logp / (self.n_tokens if normalize == "token" else np.maximum(self.n_bytes, 1))
@@ -82,32 +82,39 @@ class Scores:
         return np.asarray(self.sources)[self.source]
 
 
-def open_scores(path: Path | str) -> Scores:
-    """Open scores on disk.
+def open_scores(path: Path | str, kind: str = "scores") -> Scores:
+    """Open scores on disk; an artifact of the kind `evaluation` holds some too.
 
     Raises:
         ArtifactError: they are not there, not finished, or damaged.
         ScoreError: a score is NaN or infinite.
+
     """
-    path = Path(path)
-    manifest = artifact.read(path, kind="scores")
-    files = sorted(name for name in manifest.files if name.endswith(".parquet"))
+    manifest = artifact.read(path, kind=kind)
+    return read_parts(Path(path), manifest.identity.inputs["packed"], manifest.fingerprint)
+
+
+def read_parts(folder: Path, packed: str, fingerprint: str = "") -> Scores:
+    """The scores in a folder's `part-*.parquet`, of the instances with the fingerprint `packed`.
+
+    Raises:
+        ArtifactDamagedError: a file cannot be read.
+        ScoreError: an instance is missing, or a score is NaN or infinite.
+
+    """
     try:
-        table = pa.concat_tables([pq.read_table(path / name) for name in files]).combine_chunks()
+        table = pa.concat_tables(
+            [pq.read_table(path) for path in sorted(folder.glob("part-*.parquet"))]
+        ).combine_chunks()
     except (pa.ArrowInvalid, OSError) as error:
         raise ArtifactDamagedError(
-            f"the scores in {path} cannot be read.",
+            f"the scores in {folder} cannot be read.",
             facts={"because": str(error).splitlines()[0]},
             remedy="`miniplm verify` names the file; remove the artifact and run the same command again.",
         ) from error
-    return from_table(table, manifest)
-
-
-def from_table(table: pa.Table, manifest: Manifest) -> Scores:
-    """Scores of a table whose rows are the instances in order. Raises ScoreError if a row is missing."""
     rows = table["instance"].to_numpy()
     if not np.array_equal(rows, np.arange(len(rows))):
-        raise ScoreError(f"{manifest.path}: the instances are not 0 to {len(rows) - 1:,}, each once and in order.")
+        raise ScoreError(f"{folder}: the instances are not 0 to {len(rows) - 1:,}, each once and in order.")
     names, codes = encode_sources(table["source"].to_pylist())
     return Scores(
         logp=table["logp"].to_numpy(),
@@ -115,9 +122,9 @@ def from_table(table: pa.Table, manifest: Manifest) -> Scores:
         n_bytes=table["n_bytes"].to_numpy(),
         source=codes,
         sources=names,
-        packed=manifest.identity.inputs["packed"],
-        fingerprint=manifest.fingerprint,
-        name=str(manifest.path),
+        packed=packed,
+        fingerprint=fingerprint,
+        name=str(folder),
     )
 
 

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from miniplm.models.flops import forward_flops
 from miniplm.models.head import check_head, head_of, hidden_states, token_logp
 from miniplm.models.load import choose_device, load_model
 from miniplm.recipe import Compute, GivenModel, Precision
-from miniplm.models.flops import forward_flops
 
 
 class HuggingFaceScorer:
@@ -25,6 +25,7 @@ class HuggingFaceScorer:
 
     Args:
         model: in evaluation mode, on its device. Raises ModelError if its head is not linear.
+
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -59,11 +59,12 @@ def score(
     Raises:
         ModelError: the model cannot be loaded, or has fewer embeddings than the tokenizer has tokens.
         ScoreError: a log-probability is no number; the instance is named.
+
     """
     compute = compute or Compute()
 
     def work(workspace: Workspace) -> Mapping[str, Any]:
-        return _score(workspace, packed, make_scorer, what.recipe["counted"], compute, engine or LocalEngine())
+        return score_shards(workspace, packed, make_scorer, what.recipe["counted"], compute, engine or LocalEngine())
 
     artifact.make(out, what, work)
     return open_scores(out)
@@ -95,9 +96,17 @@ def score_instances(
     )
 
 
-def _score(
-    work: Workspace, packed: Packed, make_scorer: ScorerFactory, rule: Counted, compute: Compute, engine: Engine
+def score_shards(
+    work: Workspace,
+    packed: Packed,
+    make_scorer: ScorerFactory,
+    rule: Counted,
+    compute: Compute,
+    engine: Engine,
+    label: str = "score",
 ) -> Mapping[str, Any]:
+    """Score the shards that the workspace does not have yet, one Parquet file each; return the counts of all of them."""
+    work.provenance["packed"] = str(packed.path.absolute())  # where it lay, for `show`; not what it is
     shards = packed.shards
     rows = [_rows(shard) for shard in shards]
     first_rows = np.concatenate([[0], np.cumsum(rows)])
@@ -105,8 +114,9 @@ def _score(
     waiting = [task for task in tasks if not task.done]
     scored_tokens = 0
     begun = time.monotonic()
-    with progress(f"score {work.path.name.removesuffix('.partial')}", len(packed) * packed.sequence_length, "tok") as meter:
-        meter.skip(sum(rows[t.number] for t in tasks if t.done) * packed.sequence_length)
+    targets = packed.manifest.counts["tokens_out"] - len(packed)
+    with progress(f"{label} {work.path.name.removesuffix('.partial')}", targets, "tok") as meter:
+        meter.skip(targets * sum(rows[t.number] for t in tasks if t.done) // len(packed))
         if waiting:
             scorer = make_scorer()
             _check_fits(packed, scorer)

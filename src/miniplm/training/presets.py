@@ -35,6 +35,7 @@ class Preset:
         batch_tokens: predicted tokens a step.
         tied: whether input and output embeddings are one matrix.
         vocab_size: published; None takes the tokenizer's, padded.
+
     """
 
     family: Family
@@ -88,6 +89,7 @@ def resolve(settings: TrainSettings, tokenizer_vocab_size: int, separator: int) 
     Raises:
         RecipeError: there is no such preset, or a config without `learning_rate` or `batch_tokens`.
         ModelError: the tokenizer's vocabulary exceeds the model's.
+
     """
     if settings.preset is not None:
         found = preset(settings.preset)

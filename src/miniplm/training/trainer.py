@@ -37,13 +37,13 @@ from transformers.utils import logging as transformers_logging
 from miniplm import artifact
 from miniplm.artifact import Identity, Workspace
 from miniplm.errors import RecipeError, TrainingError
+from miniplm.models.flops import training_flops
 from miniplm.models.head import check_head
 from miniplm.models.load import new_model
 from miniplm.packing.tokenizer import Tokenizer
 from miniplm.progress import Meter, progress
 from miniplm.recipe import Compute, Counted, TrainSettings
 from miniplm.training.data import Collator, InOrder, TrainingOrder
-from miniplm.models.flops import training_flops
 from miniplm.training.objectives import Batch, NextToken, Objective
 from miniplm.training.presets import resolve
 
@@ -65,18 +65,15 @@ class TrainingData:
 
     Attributes:
         rows: instances, `input_ids [T+1]` and optionally `length`.
-        fingerprint: of the rows; enters the identity of the model.
         tokenizer: that made them; a copy goes into the model's folder.
         held_out: instances for the loss curve, or None.
-        held_out_fingerprint: of those.
         counted: the rule for which targets count.
+
     """
 
     rows: datasets.Dataset
-    fingerprint: str
     tokenizer: Tokenizer
     held_out: datasets.Dataset | None = None
-    held_out_fingerprint: str = ""
     counted: Counted = "all"
 
     @property
@@ -91,10 +88,27 @@ def identity(settings: TrainSettings, counted: Counted, inputs: Mapping[str, str
     Args:
         settings: of the training.
         counted: the rule for which targets count.
-        inputs: fingerprints of `data`, `tokenizer`'s corpus or vocabulary, and `held_out`.
+        inputs: fingerprints of `data` and, where there is one, `held_out`; those of packed rows stand for the tokenizer too.
+
     """
     recipe = settings.model_dump(mode="json", exclude={"data"})
     return Identity("model", VERSION, {**recipe, "counted": counted}, inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A trained model on disk; `transformers` takes it where it takes a folder."""
+
+    path: Path
+    manifest: artifact.Manifest
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what it was trained on and how."""
+        return self.manifest.fingerprint
 
 
 def train(
@@ -104,19 +118,20 @@ def train(
     what: Identity,
     compute: Compute | None = None,
     objective: Objective | None = None,
-) -> artifact.Manifest:
+) -> Checkpoint:
     """Train a model from scratch into the artifact at `out`.
 
     Raises:
         RecipeError: the settings do not fit the data or `TrainingArguments`.
         ModelError: the tokenizer's vocabulary exceeds the model's, or its head is not linear.
         TrainingError: the loss is not finite.
+
     """
 
     def work(workspace: Workspace) -> Mapping[str, Any]:
         return _train(workspace, settings, data, compute or Compute(), objective or NextToken())
 
-    return artifact.make(out, what, work)
+    return Checkpoint(out, artifact.make(out, what, work))
 
 
 def read_curve(model: Path) -> list[dict[str, Any]]:
@@ -162,6 +177,7 @@ def _train(
     assert resolved.config is not None
     plan = _Plan.of(resolved, data.sequence_length, compute)
     transformers_logging.disable_progress_bar()  # ours is enough
+    transformers_logging.set_verbosity_error()  # the Trainer remarks on our short runs
     model = new_model(resolved.config, resolved.seed)
     check_head(model)
     arguments = _arguments(resolved, plan, compute, work.path / _STATE, data.held_out is not None)
@@ -322,7 +338,12 @@ def _arguments(
         "eval_steps": plan.interval_steps,
         "remove_unused_columns": False,
     }
-    theirs = {"report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": not ours["use_cpu"], "optim": "adamw_torch_fused"}
+    theirs = {
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": not ours["use_cpu"],
+        "optim": "adamw_torch_fused",
+    }
     asked = {**settings.trainer, **compute.trainer}
     if taken := sorted(set(asked) & set(ours)):
         raise RecipeError(
@@ -333,7 +354,8 @@ def _arguments(
         arguments = TrainingArguments(**ours, **{**theirs, **asked})
     except (TypeError, ValueError) as error:
         raise RecipeError(
-            "transformers.TrainingArguments refuses what is under `trainer`.", facts={"because": str(error).splitlines()[0]}
+            "transformers.TrainingArguments refuses what is under `trainer`.",
+            facts={"because": str(error).splitlines()[0]},
         ) from error
     if world == 1:
         arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one device: never DataParallel by surprise

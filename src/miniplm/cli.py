@@ -1,0 +1,311 @@
+"""The command line: verbs only. Each parses, calls one function and prints; nothing here knows how anything is done.
+
+Results go to standard output, progress and errors to standard error. Exit status: 0; 1 for an error of the user's (our own
+exceptions); 2 for a wrong call; 130 when interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from miniplm.errors import MiniplmError, MissingExtraError, RecipeError
+
+if TYPE_CHECKING:
+    from miniplm.pipeline.chain import Chain
+    from miniplm.recipe import Compute
+
+app = typer.Typer(
+    help="MiniPLM: refine a pre-training corpus with a large model's knowledge, once; train any student on the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
+RunOption = Annotated[
+    Path | None, typer.Option("--out", help="The run directory. [default: runs/<name of the recipe>]")
+]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a key: select.difference.ratio=0.4")]
+OutOption = Annotated[Path, typer.Option(help="Folder to make; must not be there yet.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
+CountedOption = Annotated[str, typer.Option(help="Which targets count: all, skip_after_separator")]
+DtypeOption = Annotated[str, typer.Option(help="Weights in float32, bfloat16 or float16.")]
+BatchOption = Annotated[int, typer.Option("--batch", help="Instances per forward pass.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point: run a verb, print what a user can mend as `error: ...`."""
+    try:
+        app(list(arguments) if arguments is not None else None)
+    except MiniplmError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        extra = {
+            "torch": "train",
+            "transformers": "train",
+            "accelerate": "train",
+            "jinja2": "report",
+            "matplotlib": "report",
+        }
+        if error.name not in extra:
+            raise
+        print(f"error: {MissingExtraError(extra[error.name], error.name)}", file=sys.stderr)  # noqa: T201
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped.", file=sys.stderr)  # noqa: T201
+        sys.exit(130)
+
+
+@app.command()
+def plan(recipe: RecipeArgument, out: RunOption = None, set_: SetOption = None) -> None:
+    """Show each stage of a recipe: done, begun, ready, or waiting on another."""
+    from miniplm.pipeline.run import plan as plan_chain
+
+    stages = _chain(recipe, out, set_)
+    statuses = plan_chain(stages)
+    width = max(len(status.stage.name) for status in statuses)
+    for status in statuses:
+        typer.echo(f"{status.stage.name:<{width}}  {status!s:<44}  {status.stage.path}")
+    typer.echo(f"{sum(s.state == 'done' for s in statuses)} of {len(statuses)} stages are done.")
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    out: RunOption = None,
+    set_: SetOption = None,
+    only: Annotated[str | None, typer.Option(help="One stage (score/teacher) or group of stages (score).")] = None,
+) -> None:
+    """Make what is missing of a recipe, then the report. Interrupt and repeat at will."""
+    from miniplm.pipeline.run import run as run_chain
+    from miniplm.report.write import summary, write_report
+
+    stages = _chain(recipe, out, set_)
+    run_chain(stages, only, typer.echo)
+    if only is None:
+        page = write_report(stages)
+        typer.echo(summary(stages))
+        typer.echo(f"report: {page}")
+
+
+@app.command()
+def prepare(
+    files: Annotated[list[str], typer.Argument(help="Paths or globs; `builtin` for the Python text installed here.")],
+    tokenizer: Annotated[str, typer.Option(help="Hub id or folder; `train:4096` trains one of that size.")],
+    out: OutOption,
+    sequence_length: Annotated[int, typer.Option(help="Predicted positions of an instance.")] = 1024,
+    split: Annotated[
+        str, typer.Option(help="Shares of the documents; the rest is the pool.")
+    ] = "reference=0.05,held_out=0.001",
+    cut: Annotated[str, typer.Option(help="exact, or sentence")] = "exact",
+    text: Annotated[str, typer.Option(help="Column of the text.")] = "text",
+    id_: Annotated[str | None, typer.Option("--id", help="Column of the id. [default: id, else file and row]")] = None,
+    source: Annotated[str | None, typer.Option(help="Column of the source. [default: the usual names]")] = None,
+    on_error: Annotated[str, typer.Option(help="raise, or skip to count malformed records and go on")] = "raise",
+) -> None:
+    """Split documents into parts, tokenise and pack them."""
+    from miniplm.pipeline.library import prepare as prepare_corpus
+
+    shares = _pairs(split, "--split")
+    size = tokenizer.removeprefix("train:")
+    corpus = prepare_corpus(
+        "builtin" if files == ["builtin"] else files,
+        tokenizer={"train": {"vocab_size": size}} if tokenizer.startswith("train:") else tokenizer,
+        out=out,
+        sequence_length=sequence_length,
+        split={name: float(share) for name, share in shares.items()},
+        columns={k: v for k, v in {"text": text, "id": id_, "source": source}.items() if v},
+        on_error=on_error,
+        cut=cut,
+    )
+    for line in _corpus_table(corpus.manifest.counts):
+        typer.echo(line)
+
+
+@app.command()
+def score(
+    packed: Annotated[Path, typer.Argument(help="A part of a prepared corpus: corpus/pool")],
+    model: Annotated[str, typer.Option(help="Hub id or folder.")],
+    out: OutOption,
+    dtype: DtypeOption = "bfloat16",
+    counted: CountedOption = "all",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    device: DeviceOption = "auto",
+    batch: BatchOption = 32,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")
+    ] = False,
+) -> None:
+    """Score every instance of a packed part under a model."""
+    from miniplm.packing.instances import open_packed
+    from miniplm.pipeline.library import score as score_part
+    from miniplm.recipe import GivenModel
+
+    given = GivenModel(model=model, revision=revision, trust_remote_code=trust_remote_code)
+    how: Any = {"dtype": dtype, "counted": counted}
+    scores = score_part(open_packed(packed), given, out=out, compute=_compute(device=device, score_batch=batch), **how)
+    loss = -scores.logp.sum() / scores.n_tokens.sum()
+    typer.echo(f"{len(scores):,} instances, {loss:.4f} nats per token: {out}")
+
+
+@app.command()
+def select(
+    out: OutOption,
+    teacher: Annotated[Path | None, typer.Option(help="Scores of the teacher.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="Scores of the reference.")] = None,
+    pool: Annotated[Path | None, typer.Option(help="The pool, for random sampling without scores.")] = None,
+    sampler: Annotated[
+        str, typer.Option(help="difference, random, teacher, reference, or package.module:Class")
+    ] = "difference",
+    ratio: Annotated[float, typer.Option(help="Share of the pool to keep.")] = 0.5,
+    normalize: Annotated[str | None, typer.Option(help="token, byte or sum. [default: token]")] = None,
+    within: Annotated[str | None, typer.Option(help="source: keep the top share inside each source")] = None,
+    seed: Annotated[int | None, typer.Option(help="For random sampling.")] = None,
+) -> None:
+    """Choose instances by their scores."""
+    from miniplm.pipeline.library import select as select_rows
+
+    settings = {"sampler": sampler, "ratio": ratio, "normalize": normalize, "within": within, "seed": seed}
+    given = {name: value for name, value in settings.items() if value is not None}
+    chosen = select_rows(given, teacher=teacher, reference=reference, pool=pool, out=out)
+    threshold = "" if chosen.threshold is None else f", threshold {chosen.threshold:.4f} nats"
+    typer.echo(f"kept {len(chosen):,} of {chosen.of:,} instances{threshold}: {out}")
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Argument(help="A preset: qwen-200m, llama-212m, mamba-130m, ...")],
+    data: Annotated[Path, typer.Option(help="A part of a prepared corpus.")],
+    tokens: Annotated[float, typer.Option(help="Tokens to train on: 50e9")],
+    out: OutOption,
+    rows: Annotated[Path | None, typer.Option(help="A selection of its instances.")] = None,
+    held_out: Annotated[Path | None, typer.Option(help="A part for the loss curve.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="learning_rate=1e-3, batch_tokens=8192, seed=1, ...")
+    ] = None,
+    counted: CountedOption = "all",
+    device: DeviceOption = "auto",
+    micro_batch: Annotated[int, typer.Option(help="Instances per forward and backward pass.")] = 16,
+) -> None:
+    """Train a model from scratch on packed instances."""
+    from miniplm.packing.instances import open_packed
+    from miniplm.pipeline.library import train as train_model
+    from miniplm.sampling.base import open_selection
+
+    settings: dict[str, Any] = dict(pair for text in set_ or [] for pair in _pairs(text, "--set").items())
+    packed = open_packed(data)
+    if rows is not None:
+        selection = open_selection(rows)
+        selection.check_of(packed)
+    checkpoint = train_model(
+        model,
+        packed if rows is None else packed.select(selection.rows),
+        tokens=tokens,
+        out=out,
+        held_out=None if held_out is None else open_packed(held_out),
+        counted=counted,  # type: ignore[arg-type]  # checked by the settings
+        compute=_compute(device=device, train_micro_batch=micro_batch),
+        **settings,
+    )
+    counts = checkpoint.manifest.counts
+    typer.echo(
+        f"{counts['parameters']:,} parameters, {counts['train_tokens']:,} tokens, "
+        f"final training loss {counts['final_train_loss']:.4f}: {out}"
+    )
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Hub id or folder.")],
+    held_out: Annotated[Path, typer.Option(help="The held-out part of a prepared corpus.")],
+    out: OutOption,
+    dtype: DtypeOption = "bfloat16",
+    counted: CountedOption = "all",
+    device: DeviceOption = "auto",
+    batch: BatchOption = 32,
+) -> None:
+    """Measure a model on held-out instances."""
+    from miniplm.packing.instances import open_packed
+    from miniplm.pipeline.library import evaluate as evaluate_model
+
+    how: Any = {"dtype": dtype, "counted": counted}
+    compute = _compute(device=device, score_batch=batch)
+    typer.echo(evaluate_model(model, held_out=open_packed(held_out), out=out, compute=compute, **how))
+
+
+@app.command()
+def show(
+    path: Annotated[Path, typer.Argument(help="An artifact.")],
+    packed: Annotated[Path | None, typer.Option(help="For scores: where the instances lie.")] = None,
+) -> None:
+    """Show an artifact: its manifest; of scores a histogram and the best, median and worst instances as text."""
+    from miniplm.report.show import show as lines
+
+    for line in lines(path, packed):
+        typer.echo(line)
+
+
+@app.command()
+def verify(path: Annotated[Path, typer.Argument(help="An artifact, or a run directory.")]) -> None:
+    """Check every byte of an artifact, or of all below a folder, against its manifest."""
+    from miniplm import artifact
+    from miniplm.errors import ArtifactDamagedError
+
+    if not (folders := artifact.find(path)):
+        artifact.read(path)  # says what is not there
+    damaged = 0
+    for folder in folders:
+        problems = list(artifact.verify(folder))
+        damaged += bool(problems)
+        typer.echo(f"{'damaged' if problems else 'ok':<8} {folder}")
+        for problem in problems:
+            typer.echo(f"  {problem}")
+    if damaged:
+        raise ArtifactDamagedError(f"{damaged} of {len(folders)} artifacts are not as they were written.")
+    typer.echo(f"{len(folders)} artifacts, every byte as written.")
+
+
+def _chain(recipe: Path, out: Path | None, overrides: list[str] | None) -> Chain:
+    from miniplm.recipe import load
+
+    settings = load(recipe, overrides or ())
+    from miniplm.pipeline.chain import chain
+
+    return chain(settings, out or Path("runs") / settings.name)
+
+
+def _compute(**settings: Any) -> Compute:
+    from pydantic import ValidationError
+
+    from miniplm.recipe import Compute
+
+    try:
+        return Compute(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RecipeError(f"--{first['loc'][0]} {first['input']!r} cannot be used: {first['msg']}") from error
+
+
+def _pairs(text: str, option: str) -> dict[str, str]:
+    pairs = dict(pair.split("=", 1) for pair in text.split(",") if "=" in pair)
+    if len(pairs) != len(text.split(",")):
+        raise RecipeError(f"{option} {text!r} is not of the form name=value,name=value.")
+    return {name.strip(): value.strip() for name, value in pairs.items()}
+
+
+def _corpus_table(counts: Mapping[str, Any]) -> list[str]:
+    columns = ("documents", "tokens_in", "tokens_out", "leftover_tokens", "instances")
+    lines = [f"{'part':<10}" + "".join(f"{name.replace('_', ' '):>17}" for name in columns)]
+    for part, found in counts["parts"].items():
+        lines.append(f"{part:<10}" + "".join(f"{found[name]:>17,}" for name in columns))
+    lines.append(
+        f"left out: {counts['empty']:,} empty, {counts['malformed']:,} malformed, {counts['undecodable']:,} undecodable"
+    )
+    return lines

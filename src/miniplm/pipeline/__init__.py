@@ -1,0 +1,1 @@
+"""The whole method: a recipe becomes stages, stages become artifacts in a run directory."""

@@ -1,0 +1,287 @@
+"""The stages as a Python user writes them: keyword arguments in, opened artifacts out. Exported by `miniplm` itself.
+
+Each function makes the artifact at `out` if it is not there, goes on with it if it is unfinished, and opens it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from miniplm.artifact import MANIFEST
+from miniplm.corpus import builtin as builtin_corpus
+from miniplm.corpus.sources import open_documents
+from miniplm.errors import RecipeError, ScoreError
+from miniplm.evaluation import evaluate as evaluating
+from miniplm.evaluation.evaluate import Evaluation
+from miniplm.models.load import model_fingerprint
+from miniplm.packing import prepare as preparing
+from miniplm.packing.instances import Packed, open_packed
+from miniplm.packing.prepare import Corpus
+from miniplm.packing.tokenizer import Tokenizer
+from miniplm.recipe import (
+    Columns,
+    Compute,
+    CorpusSettings,
+    Counted,
+    GivenModel,
+    Precision,
+    PrepareSettings,
+    SamplerSettings,
+    ScoreSettings,
+    Split,
+    TrainSettings,
+)
+from miniplm.sampling import base as selecting
+from miniplm.sampling.base import Pool, Selection
+from miniplm.sampling.named import identity as selection_identity
+from miniplm.sampling.named import sampler_from
+from miniplm.scoring import score as scoring
+from miniplm.scoring.base import Scorer, Scores, open_scores
+from miniplm.scoring.huggingface import load_scorer
+from miniplm.training import trainer as training
+from miniplm.training.trainer import Checkpoint, TrainingData
+
+if TYPE_CHECKING:
+    import datasets
+
+AnyModel = str | os.PathLike[str] | GivenModel | Scorer
+
+
+def prepare(
+    source: str | os.PathLike[str] | list[str] | CorpusSettings | datasets.Dataset,
+    *,
+    tokenizer: str | Mapping[str, Any],
+    out: str | os.PathLike[str],
+    sequence_length: int = 1024,
+    split: Mapping[str, float] | Split | None = None,
+    columns: Mapping[str, str] | None = None,
+    on_error: str = "raise",
+    cut: str = "exact",
+    block_bytes: int = 32_000_000,
+) -> Corpus:
+    """Split documents into parts, tokenise and pack them.
+
+    Args:
+        source: path, glob, list of them, `"builtin"`, `CorpusSettings` (for the Hub), or a `datasets.Dataset`.
+        tokenizer: Hub id or folder, or `{"train": {"vocab_size": 4096}}`.
+        out: folder of the corpus; `out/pool` and the other parts open with `datasets.load_from_disk`.
+        sequence_length: T, predicted positions; an instance has T+1 tokens.
+        split: shares of the documents, e.g. `{"reference": 0.05, "held_out": 0.001}`; the rest is the pool.
+        columns: where records keep `text`, `id` and `source`; dots reach into nested records.
+        on_error: `raise`, or `skip` to count malformed records and go on.
+        cut: `exact`, or `sentence` as the paper's code does.
+        block_bytes: text per shard.
+
+    Raises:
+        RecipeError: an argument cannot be used.
+        CorpusError, CorpusTooSmallError, TokenizerError, ArtifactError, StorageError: see `miniplm.errors`.
+
+    """
+    out = Path(out)
+    try:
+        settings = PrepareSettings.model_validate(
+            {
+                "tokenizer": tokenizer, "sequence_length": sequence_length, "split": split or Split(), "cut": cut,
+                "block_bytes": block_bytes,
+            }
+        )  # fmt: skip
+        if source == "builtin":
+            drawn = CorpusSettings(source="builtin")
+            folder = out.with_name(out.name + "-documents")
+            builtin_corpus.snapshot(folder, drawn.budget_bytes, drawn.seed)
+            source = CorpusSettings(files=str(folder / "documents.parquet"))
+        elif isinstance(source, (str, os.PathLike, list)):
+            files = source if isinstance(source, list) else os.fspath(source)
+            source = CorpusSettings.model_validate(
+                {"files": files, "columns": columns or Columns(), "on_error": on_error}
+            )
+    except ValidationError as error:
+        raise _refused(error) from error
+    return preparing.prepare(open_documents(source, block_bytes), settings, out)
+
+
+def train(
+    model: str | Mapping[str, Any],
+    data: Packed | datasets.Dataset,
+    *,
+    tokens: float,
+    out: str | os.PathLike[str],
+    held_out: Packed | None = None,
+    counted: Counted = "all",
+    tokenizer: Tokenizer | None = None,
+    compute: Compute | None = None,
+    **settings: Any,
+) -> Checkpoint:
+    """Train a causal language model from scratch.
+
+    Args:
+        model: a preset (`qwen-200m`), or a `transformers` config as a dict.
+        data: a packed part, or rows of one (`corpus.pool.select(chosen.rows)`).
+        tokens: predicted tokens to see, rounded down to whole batches; more than the data has are seen in further epochs.
+        out: folder of the model.
+        held_out: instances for the loss curve.
+        counted: which targets count.
+        tokenizer: needed only for rows that are not of a packed part of ours.
+        compute: how: device, micro-batch.
+        settings: `batch_tokens`, `learning_rate`, `seed`, `precision`, `trainer`, ... of `TrainSettings`.
+
+    Raises:
+        RecipeError, ModelError, TrainingError, ArtifactError, StorageError: see `miniplm.errors`.
+
+    """
+    try:
+        which = {"preset": model} if isinstance(model, str) else {"config": dict(model)}
+        resolved = TrainSettings.model_validate({**which, "tokens": tokens, **settings})
+    except ValidationError as error:
+        raise _refused(error) from error
+    packed = data if isinstance(data, Packed) else _packed_behind(data)
+    made_by = tokenizer or (packed.tokenizer if packed is not None else None)
+    if made_by is None:
+        raise RecipeError("these rows are of no packed part; say which tokenizer made them: train(..., tokenizer=...).")
+    rows = data.dataset if isinstance(data, Packed) else data
+    inputs = {"data": data.fingerprint if isinstance(data, Packed) else _rows_fingerprint(data, packed)}
+    if packed is None:
+        inputs["tokenizer"] = made_by.fingerprint
+    if held_out is not None:
+        inputs["held_out"] = held_out.fingerprint
+    material = TrainingData(rows, made_by, None if held_out is None else held_out.dataset, counted)
+    return training.train(resolved, material, Path(out), training.identity(resolved, counted, inputs), compute)
+
+
+def score(
+    packed: Packed,
+    model: AnyModel,
+    *,
+    out: str | os.PathLike[str],
+    dtype: Precision = "bfloat16",
+    counted: Counted = "all",
+    compute: Compute | None = None,
+) -> Scores:
+    """Score every instance of a packed part: log p in nats, summed over counted targets.
+
+    Args:
+        packed: the instances.
+        model: Hub id, folder, `Checkpoint`, `GivenModel`, or a `Scorer` of your own with a `fingerprint`.
+        out: folder of the scores.
+        dtype: of the weights; log-probabilities are float32 and sums float64 in any case.
+        counted: which targets count.
+        compute: how: device, batch size.
+
+    Raises:
+        ModelError, ScoreError, ArtifactError, StorageError: see `miniplm.errors`.
+
+    """
+    settings = ScoreSettings(dtype=dtype, counted=counted)
+    fingerprint, make_scorer = _scorer(model, dtype, compute or Compute())
+    what = scoring.identity(packed.fingerprint, fingerprint, settings)
+    return scoring.score(packed, make_scorer, Path(out), what, compute)
+
+
+def select(
+    settings: Mapping[str, Any],
+    *,
+    out: str | os.PathLike[str],
+    teacher: str | os.PathLike[str] | None = None,
+    reference: str | os.PathLike[str] | None = None,
+    pool: str | os.PathLike[str] | None = None,
+) -> Selection:
+    """Run a sampler by name on scores on disk, and keep what it chose as an artifact.
+
+    In Python, `DifferenceSampling(ratio=0.5).select(teacher_scores, reference_scores)` does the same in memory.
+
+    Args:
+        settings: `sampler`, `ratio`, `normalize`, `within`, `seed`, as in a recipe.
+        out: folder of the selection.
+        teacher: scores.
+        reference: scores.
+        pool: the packed part, for samplers that need no scores.
+
+    Raises:
+        RecipeError: there is no such sampler or setting, or scores that it needs were not given.
+        ArtifactMismatchError: the two were scored on different instances.
+
+    """
+    try:
+        named = SamplerSettings.model_validate(dict(settings))
+    except ValidationError as error:
+        raise _refused(error) from error
+    sampler = sampler_from(named)
+    scores = {
+        role: open_scores(path) for role, path in (("teacher", teacher), ("reference", reference)) if path is not None
+    }
+    if missing := sampler.needs - {"pool"} - set(scores):
+        raise RecipeError(f"the sampler {named.sampler!r} needs the scores of the {' and the '.join(sorted(missing))}.")
+    given = [Pool.of(open_packed(pool))] if pool is not None else [Pool.of(s) for s in scores.values()]
+    if not given:
+        raise RecipeError(f"the sampler {named.sampler!r} needs the pool, or some scores of it.")
+    selection = sampler.select(scores.get("teacher"), scores.get("reference"), pool=given[0])
+    inputs = {"pool": given[0].fingerprint, **{role: found.fingerprint for role, found in scores.items()}}
+    selecting.save(Path(out), selection_identity(named.sampler, sampler, inputs), selection)
+    return selection
+
+
+def evaluate(
+    model: AnyModel,
+    *,
+    held_out: Packed,
+    out: str | os.PathLike[str],
+    dtype: Precision = "bfloat16",
+    counted: Counted = "all",
+    compute: Compute | None = None,
+) -> Evaluation:
+    """Measure a model on held-out instances: nats per token and bits per byte, per source and in all.
+
+    Arguments and errors are those of `score`. Printing the result shows the table.
+    """
+    settings = ScoreSettings(dtype=dtype, counted=counted)
+    fingerprint, make_scorer = _scorer(model, dtype, compute or Compute())
+    what = evaluating.identity(held_out.fingerprint, fingerprint, settings)
+    return evaluating.evaluate(held_out, make_scorer, Path(out), what, compute)
+
+
+def _scorer(model: AnyModel, dtype: Precision, compute: Compute) -> tuple[str, scoring.ScorerFactory]:
+    if isinstance(model, (str, os.PathLike)):
+        model = GivenModel(model=os.fspath(model))
+    if isinstance(model, GivenModel):
+        given = model
+        return model_fingerprint(given), lambda: load_scorer(given, dtype, compute)
+    fingerprint = getattr(model, "fingerprint", None)
+    if not isinstance(fingerprint, str):
+        raise ScoreError(
+            f"{type(model).__name__} does not say what it is.",
+            remedy="Give your scorer an attribute `fingerprint`: a string that changes when its scores would.",
+        )
+    own = model
+    return hashlib.sha256(f"scorer\0{fingerprint}".encode()).hexdigest(), lambda: own
+
+
+def _packed_behind(rows: datasets.Dataset) -> Packed | None:
+    """The packed part that a Dataset is a choice of rows of, told by where its files lie; None if it is of no such part."""
+    folders = {Path(file["filename"]).parent for file in rows.cache_files}
+    if len(folders) == 1 and ((folder := folders.pop()) / MANIFEST).is_file():
+        return open_packed(folder)
+    return None
+
+
+def _rows_fingerprint(rows: datasets.Dataset, packed: Packed | None) -> str:
+    """What a Dataset is: the packed part and the row numbers, or the fingerprint that `datasets` gives it."""
+    if packed is None or rows._indices is None:
+        return str(rows._fingerprint)
+    numbers = rows._indices.column(0).to_numpy().astype(np.int64)
+    return hashlib.sha256(packed.fingerprint.encode() + numbers.tobytes()).hexdigest()
+
+
+def _refused(error: ValidationError) -> RecipeError:
+    first = error.errors()[0]
+    name = ".".join(str(step) for step in first["loc"]) or "the arguments"
+    return RecipeError(
+        f"{name} cannot be used.",
+        facts={"found": repr(first["input"])[:80], "because": first["msg"].removeprefix("Value error, ")},
+    )

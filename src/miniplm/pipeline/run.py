@@ -1,0 +1,128 @@
+"""Running a chain: make what is missing, in order. The state of a run is the artifacts in its directory, nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from miniplm import artifact
+from miniplm.errors import ArtifactMissingError, RecipeError
+from miniplm.pipeline.chain import Chain, Stage
+from miniplm.recipe import Recipe, TrainSettings
+
+RECIPE = "recipe.yaml"
+
+State = Literal["done", "begun", "ready", "waiting"]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How far a stage is: `detail` says how many parts are there, or what it waits for."""
+
+    stage: Stage
+    state: State
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.state} {self.detail}".strip()
+
+
+def plan(stages: Chain) -> list[Status]:
+    """How far each stage is. Reads manifests; makes nothing."""
+    found: dict[str, Status] = {}
+    for name, stage in stages.items():
+        missing = [need for need in stage.needs if found[need].state != "done"]
+        if artifact.finished(stage.path, stage.identity) is not None:
+            found[name] = Status(stage, "done")
+        elif missing:
+            found[name] = Status(stage, "waiting", f"on {', '.join(missing)}")
+        elif artifact.partial_path(stage.path).exists():
+            found[name] = Status(stage, "begun", _progress_of(stages, stage))
+        else:
+            found[name] = Status(stage, "ready")
+    return list(found.values())
+
+
+def run(stages: Chain, only: str | None = None, say: Callable[[str], None] = lambda _: None) -> list[Stage]:
+    """Make every stage that is not there yet; `only` restricts it to a name (`score/teacher`) or a group (`score`).
+
+    `say` is told of each stage in a line. Returns the stages that were made.
+
+    Raises:
+        RecipeError: `only` names no stage.
+        ArtifactMissingError: `only` names a stage whose inputs are not there.
+        MiniplmError: whatever a stage raises.
+
+    """
+    chosen = _chosen(stages, only)
+    write_recipe(stages.root, stages.recipe)
+    made = []
+    for number, stage in enumerate(stages.values(), start=1):
+        if stage.name not in chosen:
+            continue
+        place = f"[{number}/{len(stages)}] {stage.name}"
+        if artifact.finished(stage.path, stage.identity) is not None:
+            say(f"{place}: done, {stage.path}")
+            continue
+        for need in stage.needs:
+            if artifact.finished(stages[need].path, stages[need].identity) is None:
+                raise ArtifactMissingError(
+                    f"{stage.name} needs {need}, which is not there.", remedy=f"Make it first: run --only {need}"
+                )
+        say(f"{place} ...")
+        stage.path.parent.mkdir(parents=True, exist_ok=True)
+        stage.make()
+        say(f"{place}: {artifact.provenance(stage.path).get('seconds', 0):,.1f} s, {stage.path}")
+        made.append(stage)
+    return made
+
+
+def write_recipe(root: Path, recipe: Recipe) -> None:
+    """Write the resolved recipe into the run directory."""
+    with artifact.storage(root):
+        root.mkdir(parents=True, exist_ok=True)
+        temporary = root / f"{RECIPE}.{os.getpid()}.tmp"
+        temporary.write_text(recipe.resolved(), encoding="utf-8")
+        temporary.rename(root / RECIPE)
+
+
+def _chosen(stages: Chain, only: str | None) -> set[str]:
+    if only is None:
+        return set(stages)
+    chosen = {name for name in stages if name == only or name.startswith(only + "/")}
+    if not chosen:
+        raise RecipeError(f"there is no stage {only!r}.", facts={"stages": ", ".join(stages)})
+    return chosen
+
+
+def _progress_of(stages: Chain, stage: Stage) -> str:
+    """What the unfinished folder of a stage shows."""
+    partial = artifact.partial_path(stage.path)
+    kind = stage.identity.kind
+    if kind in {"scores", "evaluation"}:
+        part = "pool" if kind == "scores" else "held_out"
+        state = json.loads((stages["prepare"].path / part / "state.json").read_bytes())
+        return f"{len(list(partial.glob('part-*.parquet')))} of {len(state['_data_files'])} shards"
+    if kind == "corpus":
+        return f"{len(list((partial / 'blocks').glob('*.parquet')))} blocks"
+    if kind == "model":
+        steps = [int(p.parent.name.split("-")[1]) for p in partial.glob("state/checkpoint-*/complete")]
+        return f"{max(steps, default=0):,} of {_steps(stages, stage)} steps"
+    return ""
+
+
+def _steps(stages: Chain, stage: Stage) -> str:
+    """Optimiser steps of a training stage, if the recipe alone says."""
+    role = stage.name.split("/")[1]
+    recipe = stages.recipe
+    settings = recipe.students.get(role) if stage.name.startswith("students/") else getattr(recipe, role)
+    from miniplm.training.presets import preset
+
+    assert isinstance(settings, TrainSettings)
+    batch = settings.batch_tokens or (preset(settings.preset).batch_tokens if settings.preset else 0)
+    length = recipe.prepare.sequence_length
+    return f"{settings.tokens // (batch // length * length):,}" if batch >= length else "?"

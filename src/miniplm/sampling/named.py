@@ -1,0 +1,67 @@
+"""Samplers by the names that recipes and the command line use, or as `package.module:Class`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any
+
+from miniplm.artifact import Identity
+from miniplm.errors import RecipeError
+from miniplm.recipe import SamplerSettings
+from miniplm.sampling.base import VERSION, Sampler
+from miniplm.sampling.baselines import RandomSampling, ReferenceDifficulty, TeacherPreference
+from miniplm.sampling.difference import DifferenceSampling
+
+SAMPLERS: Mapping[str, type[Any]] = {
+    "difference": DifferenceSampling,
+    "random": RandomSampling,
+    "teacher": TeacherPreference,
+    "reference": ReferenceDifficulty,
+}
+
+
+def sampler_from(settings: SamplerSettings) -> Sampler:
+    """The sampler that the settings describe.
+
+    Raises:
+        RecipeError: there is no such sampler, or a setting was given that it does not have.
+
+    """
+    made: Sampler
+    given = settings.model_dump(include=settings.model_fields_set - {"sampler"}) | (settings.model_extra or {})
+    if ":" in settings.sampler:
+        made = _import(settings.sampler)(**given)
+        return made
+    if (kind := SAMPLERS.get(settings.sampler)) is None:
+        close = difflib.get_close_matches(settings.sampler, list(SAMPLERS), n=1)
+        raise RecipeError(
+            f"there is no sampler {settings.sampler!r}.",
+            facts={"samplers": ", ".join(SAMPLERS)},
+            remedy=f"Did you mean {close[0]!r}?" if close else 'Or name a class of yours: "package.module:Class".',
+        )
+    known = {field.name for field in fields(kind)}
+    for name in given:
+        if name not in known:
+            raise RecipeError(
+                f"the sampler {settings.sampler!r} has no setting {name!r}.", facts={"has": ", ".join(sorted(known))}
+            )
+    made = kind(**given)
+    return made
+
+
+def identity(name: str, sampler: Sampler, inputs: Mapping[str, str]) -> Identity:
+    """What a selection is: the sampler, its settings, and the fingerprints of what it reads."""
+    settings = asdict(sampler) if is_dataclass(sampler) and not isinstance(sampler, type) else vars(sampler)
+    return Identity("selection", VERSION, {"sampler": name, **settings}, {k: inputs[k] for k in sorted(sampler.needs)})
+
+
+def _import(name: str) -> type[Any]:
+    module, _, attribute = name.partition(":")
+    try:
+        found: type[Any] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"the sampler {name!r} cannot be imported.", facts={"because": error}) from error
+    return found

@@ -1,0 +1,444 @@
+"""The report: structure, honesty of the headline, hostile text, self-containedness, reproducibility."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from html.parser import HTMLParser
+from typing import Any
+
+import matplotlib
+import pytest
+
+from miniplm.report import figures, page
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+SVG_TAGS = {"svg", "g", "path", "text", "use", "defs", "clippath", "rect"}
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</pre></title></style></svg><img src=x onerror=alert(1)>",
+    '"><a href="https://example.org">x</a>',
+    "'{{ 7 * 7 }}{% raw %}",
+    "<!-- --> ]]> &amp; &lt;b&gt;",
+    "$x^2$ and $\\frac{",
+    "\x1b[31mred\x1b[0m",
+    "a\x00b\x7fc\x85d",
+    "\u202eevil\u202c \u2066x\u2069",
+    "\ud800 lone",
+    "中文 العربية 🙂",
+    "_private",
+    "line\nbreak\r\nand\ttab",
+    "x" * 400,
+    '#0072b2 style="fill: #0072b2"',
+]
+
+
+class Document(HTMLParser):
+    """The parsed page: every start tag, the text outside and inside SVG, and what was not closed in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[str] = []
+        self.svg_tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text: list[tuple[tuple[str, ...], str]] = []
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        (self.svg_tags if "svg" in self.open else self.tags).append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append((tuple(self.open), data))
+
+    def inside(self, *tags: str) -> list[str]:
+        """The texts whose innermost elements are these."""
+        found = [text for path, text in self.text if path[-len(tags) :] == tags]
+        return [text.removeprefix("\n") for text in found] if tags[-1] == "pre" else found  # as browsers do
+
+    def words(self) -> str:
+        return " ".join("".join(text for path, text in self.text if "style" not in path).split())
+
+
+def parse(html: str) -> Document:
+    document = Document(html)
+    assert document.open == []
+    return document
+
+
+def headline_of(html: str) -> str:
+    found = re.search(r'<p id="headline">(.*?)</p>', html, re.DOTALL)
+    assert found is not None
+    return " ".join(Document(found[1]).words().split())
+
+
+def student(name: str, data: str, loss: float, tokens: int = 1998848) -> dict[str, Any]:
+    curve = [
+        {
+            "tokens": tokens * step // 8,
+            "train_loss": loss + 4 / step,
+            "held_out_loss": loss + 3 / step,
+            "learning_rate": 0.001,
+        }
+        for step in range(1, 9)
+    ]
+    by_source = [
+        {"source": source, "loss": loss + shift, "loss_se": 0.05, "bits_per_byte": 2.2, "instances": 120}
+        for source, shift in (("torch", -0.2), ("numpy", 0.1))
+    ]
+    return {
+        "name": name, "data": data, "parameters": 1329792, "tokens": tokens, "epochs": 0.98, "flops": 1.6e13,
+        "seconds": 105.2, "loss": loss, "loss_se": 0.03, "bits_per_byte": 2.31, "bits_per_byte_se": 0.01,
+        "by_source": by_source, "curve": curve, "path": f"students/{name}-1a2b3c4d5e6f",
+    }  # fmt: skip
+
+
+def comparison(name: str, difference: float, verdict: str) -> dict[str, Any]:
+    return {
+        "student": name, "control": "control", "difference": difference, "se": 0.011, "instances": 972,
+        "verdict": verdict, "same_loss": None,
+    }  # fmt: skip
+
+
+def selection(name: str, sampler: str, threshold: float | None, kept: float) -> dict[str, Any]:
+    return {
+        "name": name, "sampler": sampler, "ratio": 0.5, "normalize": "token", "within": None, "selected": 1500,
+        "of": 3000, "threshold": threshold, "path": f"select-{name}",
+        "by_source": [
+            {"source": "torch", "pool": 2000, "selected": int(2000 * kept)},
+            {"source": "numpy", "pool": 1000, "selected": 500},
+        ],
+    }  # fmt: skip
+
+
+def example(text: str) -> dict[str, Any]:
+    return {
+        "row": 12, "source": "torch", "documents": ["site/torch/x.py"], "text": text,
+        "teacher": 1.2, "reference": 3.4, "score": 2.2,
+    }  # fmt: skip
+
+
+def model(role: str, loss: float) -> dict[str, Any]:
+    keys = ("parameters", "loss", "loss_se", "bits_per_byte", "bits_per_byte_se", "by_source")
+    return {"role": role} | {key: value for key, value in student("", "", loss).items() if key in keys}
+
+
+def full_findings() -> dict[str, Any]:
+    same_loss = {"control_tokens": 2000000, "student_tokens": 1700000, "ratio": 1.18, "note": "1.7M of 2.0M tokens"}
+    parts = ("documents", "text_bytes", "tokens_in", "tokens_out", "leftover_tokens", "instances")
+    return {
+        "schema": 1,
+        "name": "quickstart",
+        "control": "control",
+        "students": [
+            student("miniplm", "difference", 5.118),
+            student("ranked", "ranked", 5.16),
+            student("control", "random", 5.17),
+        ],
+        "models": [model("teacher", 2.31), model("reference", 5.6)],
+        "comparisons": [
+            comparison("miniplm", -0.052, "better") | {"same_loss": same_loss},
+            comparison("ranked", -0.01, "within noise"),
+        ],
+        "scores": {
+            "normalize": "token",
+            "edges": [-1.0, 0.0, 1.0, 2.0, 3.0],
+            "counts": [39, 961, 1500, 500],
+            "quantiles": {"0.01": -0.1, "0.5": 1.3, "0.99": 2.9},
+            "mean": 1.25,
+            "negative_share": 0.013,
+            "instances": 3000,
+        },
+        "selections": [
+            selection("difference", "difference", 1.25, 0.6),
+            selection("ranked", "difference", None, 0.5),
+            selection("random", "random", None, 0.5),
+        ],
+        "effects": {
+            "easy_dropped": [example("MIT licence"), example("same again")],
+            "hard_kept": [example("def f(x):\n    return x")],
+            "noisy_dropped": [],
+            "notes": {"noisy_dropped": "no instance scored below 0"},
+        },
+        "corpus": {
+            "documents": 2019, "empty": 3, "malformed": 0, "undecodable": 1, "sequence_length": 256, "vocab_size": 4096,
+            "parts": {"pool": dict.fromkeys(parts, 1234567), "held_out": dict.fromkeys(parts, 89)},
+        },
+        "stages": [
+            {"name": "prepare", "seconds": 8.7, "resumed": True, "path": "corpus-1a", "fingerprint": "ab12" * 16},
+        ],
+        "recipe": "name: quickstart\n",
+        "versions": {"python": "3.11.7", "torch": "2.13.0"},
+        "platform": "Linux, 2 cores",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def findings() -> dict[str, Any]:
+    return full_findings()
+
+
+@pytest.fixture(scope="module")
+def harmless() -> Document:
+    return parse(page.render(with_text(full_findings(), lambda text: f"{text} x")))
+
+
+@pytest.fixture
+def empty(findings: dict[str, Any]) -> dict[str, Any]:
+    lists = {key: [] for key, value in findings.items() if isinstance(value, list)}
+    effects: dict[str, Any] = {"easy_dropped": [], "hard_kept": [], "noisy_dropped": [], "notes": {}}
+    return findings | lists | {"control": None, "scores": None, "effects": effects, "versions": {}, "recipe": ""}
+
+
+def with_text(value: Any, change: Callable[[str], str], key: str = "") -> Any:
+    """The same findings with every free text changed; words that the schema fixes stay."""
+    if isinstance(value, str):
+        return value if key in ("verdict", "role", "normalize", "within", "sampler") else change(value)
+    if isinstance(value, list):
+        return [with_text(one, change, key) for one in value]
+    if isinstance(value, dict):
+        free_keys = key in ("versions", "parts")
+        return {change(name) if free_keys else name: with_text(one, change, name) for name, one in value.items()}
+    return value
+
+
+def test_every_part_of_the_full_page_is_there(findings: dict[str, Any]) -> None:
+    document = parse(page.render(findings))
+    assert Counter(document.tags)["svg"] == 4
+    assert set(document.svg_tags) <= SVG_TAGS
+    assert document.inside("title") == ["quickstart – MiniPLM report"]
+    assert document.inside("article", "pre") == ["MIT licence", "same again", "def f(x):\n    return x"]
+    assert "name: quickstart\n" in document.inside("details", "pre")
+    words = document.words()
+    for expected in (
+        "5.118 ± 0.030", "−0.052 ± 0.011", "within noise", "1.33M", "1 min 45 s", "1.6 × 10¹³ FLOP",
+        "1.7M of 2.0M tokens",
+        "no instance scored below 0", "1,234,567", "1.3% are below 0", "ab12ab12ab12", "resumed", "torch 2.13.0",
+        "one seed per student", "± is one standard error", "1,500 of 3,000",
+    ):  # fmt: skip
+        assert expected in words, expected
+
+
+def test_figures_show_the_names_and_numbers(findings: dict[str, Any]) -> None:
+    document = parse(page.render(findings))
+    drawn = {text for path, text in document.text if "svg" in path and text.strip()}
+    assert {"miniplm  5.493", "control  5.545", "threshold 1.25", "torch", "1.7M", "random: 50% of all"} <= drawn
+
+
+def test_tables_and_figures_are_described(findings: dict[str, Any]) -> None:
+    document = parse(page.render(findings))
+    tags = Counter(document.tags)
+    assert tags["table"] == tags["caption"] == 6
+    scopes = [value for tag, name, value in document.attributes if (tag, name) == ("th", "scope")]
+    assert len(scopes) == tags["th"]
+    assert set(scopes) == {"col", "row", "rowgroup"}
+    labels = [value for tag, name, value in document.attributes if (tag, name) == ("svg", "aria-label")]
+    assert len(labels) == tags["svg"]
+    assert any("miniplm 5.493 after 2M tokens" in label for label in labels)
+
+
+def test_an_empty_run_renders(empty: dict[str, Any]) -> None:
+    html = page.render(empty)
+    document = parse(html)
+    assert "svg" not in document.tags
+    assert "article" not in document.tags
+    assert headline_of(html) == "No student was trained in this run."
+
+
+@pytest.mark.parametrize(
+    ("comparisons", "expected"),
+    [
+        (
+            [comparison("miniplm", -0.052, "better")],
+            "At equal tokens, miniplm is 0.052 ± 0.011 nats per token better than the random control.",
+        ),
+        (
+            [comparison("miniplm", -0.02, "within noise")],
+            "No student beat the random control. At equal tokens, the difference of miniplm is within noise: "
+            "−0.020 ± 0.011 nats per token.",
+        ),
+        (
+            [comparison("miniplm", 0.3, "worse")],
+            "No student beat the random control. "
+            "At equal tokens, miniplm is 0.300 ± 0.011 nats per token worse than it.",
+        ),
+        (
+            [comparison("ranked", -0.9, "within noise"), comparison("miniplm", -0.052, "better")],
+            "At equal tokens, miniplm is 0.052 ± 0.011 nats per token better than the random control. "
+            "Of 2 students compared: 1 better, 1 within noise.",
+        ),
+        (
+            [comparison("ranked", 0.2, "worse"), comparison("miniplm", 0.1, "worse")],
+            "No student beat the random control. "
+            "At equal tokens, miniplm is 0.100 ± 0.011 nats per token worse than it. "
+            "Of 2 students compared: 2 worse.",
+        ),
+        ([], "Nothing was compared with the control, so this run cannot say whether the selection helps."),
+    ],
+)
+def test_the_headline_follows_the_verdicts(
+    findings: dict[str, Any], comparisons: list[dict[str, Any]], expected: str
+) -> None:
+    assert headline_of(page.render(findings | {"comparisons": comparisons})) == expected
+
+
+def test_the_headline_without_a_control_claims_nothing(findings: dict[str, Any]) -> None:
+    html = page.render(findings | {"control": None, "comparisons": []})
+    assert headline_of(html).startswith("No control student was trained")
+
+
+def test_the_headline_names_unequal_budgets_and_other_controls(findings: dict[str, Any]) -> None:
+    findings["students"][0]["tokens"] = 4000000
+    findings["selections"][2]["sampler"] = "reference"
+    assert headline_of(page.render(findings)).startswith(
+        "With 4M training tokens against 2M, miniplm is 0.052 ± 0.011 nats per token better than the control."
+    )
+
+
+@pytest.mark.parametrize("hostile", HOSTILE, ids=ascii)
+def test_hostile_text_changes_no_structure(findings: dict[str, Any], harmless: Document, hostile: str) -> None:
+    html = page.render(with_text(findings, lambda text: f"{text} {hostile}"))
+    html.encode("utf-8")
+    document = parse(html)
+    assert document.tags == harmless.tags
+    assert set(document.svg_tags) <= SVG_TAGS
+    assert {name for _, name, _ in document.attributes} == {name for _, name, _ in harmless.attributes}
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", html)
+
+
+@pytest.mark.parametrize("name", ["<script>alert(1)</script>", "$x^2$ $a_b$", "中文", "_private", "#0072b2"])
+def test_names_in_figures_are_drawn_as_they_are(findings: dict[str, Any], name: str) -> None:
+    html = page.render(with_text(findings, lambda text: name if text == "torch" else text))
+    document = parse(html)
+    assert name in {text for path, text in document.text if path[-1:] == ("text",)}
+    assert "<script" not in html
+
+
+def test_control_characters_become_visible(findings: dict[str, Any]) -> None:
+    findings["effects"]["hard_kept"] = [example("\x1b[31m \x00 \u202e \x7f \ud800 a\r\nb \u0645\u06cc\u200c\u062e")]
+    shown = parse(page.render(findings)).inside("article", "pre")[-1]
+    assert shown == "␛[31m ␀ ⟨U+202E⟩ ⟨U+007F⟩ ⟨U+D800⟩ a\nb \u0645\u06cc\u200c\u062e"
+
+
+def test_leading_newlines_of_an_example_survive(findings: dict[str, Any]) -> None:
+    findings["effects"]["hard_kept"] = [example("\n\n  x")]
+    assert parse(page.render(findings)).inside("article", "pre")[-1] == "\n\n  x"
+
+
+def test_the_page_refers_to_nothing_outside(findings: dict[str, Any]) -> None:
+    html = page.render(findings)
+    document = parse(html)
+    addresses = re.findall(r"""[^\s"'<>]*https?://[^\s"'<>]*""", html)
+    assert set(addresses) == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert len(addresses) == 2 * Counter(document.tags)["svg"]
+    references = [value for _, name, value in document.attributes if name in ("href", "xlink:href", "src", "action")]
+    assert references
+    assert all(value.startswith("#") for value in references)
+    assert "@import" not in html
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", html))
+    assert not {"script", "link", "img", "iframe", "form", "base"} & {*document.tags, *document.svg_tags}
+    policy = [value for tag, name, value in document.attributes if (tag, name) == ("meta", "content")]
+    assert any(value.startswith("default-src 'none';") for value in policy)
+
+
+def test_references_inside_figures_resolve_once(findings: dict[str, Any]) -> None:
+    document = parse(page.render(findings))
+    identifiers = Counter(value for _, name, value in document.attributes if name == "id")
+    assert set(identifiers.values()) == {1}
+    for _, name, value in document.attributes:
+        if name in ("xlink:href", "clip-path"):
+            assert value.removeprefix("url(").removesuffix(")").removeprefix("#") in identifiers
+
+
+def test_same_findings_same_bytes(findings: dict[str, Any]) -> None:
+    before = copy.deepcopy(findings)
+    html = page.render(findings)
+    assert findings == before
+    with matplotlib.rc_context({"font.size": 30, "svg.fonttype": "path", "axes.grid": True, "text.color": "red"}):
+        assert page.render(json.loads(json.dumps(findings))) == html
+
+
+def test_every_colour_of_a_figure_can_be_recoloured(findings: dict[str, Any]) -> None:
+    svg = figures.loss_curves(findings["students"], "control")
+    assert "var(--series-1, #0072b2)" in svg
+    assert re.findall(r"(?<!, )#[0-9a-f]{6}\b", svg) == []
+
+
+def test_a_threshold_on_another_scale_is_not_drawn(findings: dict[str, Any]) -> None:
+    findings["selections"][0]["normalize"] = "byte"
+    document = parse(page.render(findings))
+    assert not [text for path, text in document.text if "svg" in path and text.startswith("threshold")]
+
+
+def test_training_loss_stands_in_where_held_out_loss_was_not_measured(findings: dict[str, Any]) -> None:
+    for one in findings["students"]:
+        for point in one["curve"]:
+            point["held_out_loss"] = None
+        one["curve"][0]["train_loss"] = float("nan")
+    document = parse(page.render(findings))
+    assert "loss on the training text" in {text for path, text in document.text if "svg" in path}
+    assert "Training loss (held-out loss was not measured on the way)" in document.words()
+
+
+def test_many_students_and_sources(findings: dict[str, Any]) -> None:
+    rows = [{"source": f"source {n:02}", "pool": 1000 - n, "selected": 10 * n} for n in range(60)]
+    findings["selections"][0]["by_source"] = rows
+    findings["selections"] = [findings["selections"][0] | {"name": f"selection {n}"} for n in range(20)]
+    findings["students"] = [student(f"student {n}", "difference", 5 + n / 100) for n in range(19)] + findings[
+        "students"
+    ][2:]
+    document = parse(page.render(findings | {"comparisons": []}))
+    drawn = Counter(text for path, text in document.text if path[-1:] == ("text",))
+    assert sum(text.startswith("source ") for text in drawn) == figures.SOURCES_SHOWN
+    assert sum(text.startswith("selection ") for text in drawn) == figures.SELECTIONS_SHOWN
+    assert sum(text.startswith("student ") for text in drawn) == 19
+    assert "The 20 largest of 60 sources. The first 6 of 20 selections." in document.words()
+    assert {f"source {n:02}" for n in range(60)} <= set(document.inside("tr", "th"))
+
+
+def test_a_curve_of_one_point_at_zero_tokens_is_drawn() -> None:
+    one = student("miniplm", "difference", 5.0) | {"curve": [{"tokens": 0, "held_out_loss": 9.0, "train_loss": None}]}
+    assert "miniplm" in figures.loss_curves([one], None)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "expected"),
+    [
+        (5.12, 0.03, "5.120 ± 0.030"),
+        (-0.0521, 0.00021, "−0.05210 ± 0.00021"),
+        (5.12, None, "5.120"),
+        (float("nan"), 0.1, "– ± 0.100"),
+        (None, 0.1, "–"),
+    ],
+)
+def test_plus_minus(value: float | None, error: float | None, expected: str) -> None:
+    assert page.plus_minus(value, error) == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(0.04, "0.0 s"), (59.96, "1 min 00 s"), (105.2, "1 min 45 s"), (3931, "1 h 05 min")]
+)
+def test_duration(seconds: float, expected: str) -> None:
+    assert page.duration(seconds) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(0, "0"), (950, "950"), (999600, "1M"), (1329792, "1.33M"), (494032768, "494M")]
+)
+def test_compact(value: float, expected: str) -> None:
+    assert figures.compact(value) == expected
