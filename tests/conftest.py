@@ -1,0 +1,43 @@
+"""Shared by all tests: no network, no progress bars, one thread policy, and small corpora that can be seen at a glance."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["MINIPLM_PROGRESS"] = "off"
+
+WORDS = "the a model corpus token score teacher reference student learns reads keeps drops hard easy text of and in".split()
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Content hashes that a test remembers are not left in the home of whoever runs it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def write_jsonl(path: Path, documents: int, *, sources: int = 3, words: int = 60, seed: int = 0) -> Path:
+    """A JSON lines file of documents made of `WORDS`, each with id, source and a number of words around `words`."""
+    import random
+
+    draw = random.Random(seed)
+    with path.open("w") as file:
+        for number in range(documents):
+            text = " ".join(draw.choice(WORDS) for _ in range(draw.randint(words // 2, words * 3 // 2))) + ".\n"
+            file.write(json.dumps({"id": f"d{number}", "text": text, "source": f"s{number % sources}"}) + "\n")
+    return path
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Callable[..., Path]:
+    """Write a corpus: `jsonl("a.jsonl", documents=100)`."""
+
+    def write(name: str = "corpus.jsonl", documents: int = 200, **how: int) -> Path:
+        return write_jsonl(tmp_path / name, documents, **how)
+
+    return write
