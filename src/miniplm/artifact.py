@@ -75,8 +75,14 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What `manifest.json` says. `files`: name -> (bytes, sha256); a folder that is itself an artifact is listed by its
-    manifest alone.
+    """What `manifest.json` says.
+
+    Attributes:
+        path: the artifact's folder.
+        identity: what it is.
+        counts: what the stage counted.
+        files: name -> (bytes, sha256); a folder that is itself an artifact is listed by its manifest alone.
+
     """
 
     path: Path

@@ -1,7 +1,7 @@
 """The command line: verbs only. Each parses, calls one function and prints; nothing here knows how anything is done.
 
-Results go to standard output, progress and errors to standard error. Exit status: 0; 1 for an error of the user's (our own
-exceptions); 2 for a wrong call; 130 when interrupted.
+Results go to standard output, progress and errors to standard error. Exit status: 0; 1 for an error of the user's (our
+own exceptions); 2 for a wrong call; 130 when interrupted.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ Counted = Literal["all", "skip_after_separator"]
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
-class _At(ValueError):
+class _At(ValueError):  # noqa: N818 (it never leaves this file)
     """A complaint about the setting at `path`, relative to the model whose validator raises it."""
 
     def __init__(self, path: tuple[str, ...], message: str) -> None:
@@ -60,7 +60,8 @@ class Columns(Settings):
 class CorpusSettings(Settings):
     """Which documents. Exactly one of `source`, `files`, `hub` is given.
 
-    `source: builtin` is the Python source and documentation installed on the machine, `budget_bytes` of it drawn with `seed`.
+    `source: builtin` is the Python source and documentation installed on the machine, `budget_bytes` of it drawn with
+    `seed`.
     """
 
     source: Literal["builtin"] | None = None
@@ -308,6 +309,7 @@ def parse(text: str, *, name: str = "recipe", overrides: Iterable[str] = ()) -> 
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
+        assert tree is not None
         raise _explain(error, raw, tree, name, overridden) from error
 
 
@@ -397,7 +399,7 @@ def _dig(raw: Any, path: tuple[str, ...]) -> Any:
 
 
 def _locate(loc: tuple[int | str, ...], tree: yaml.Node) -> tuple[tuple[str, ...], yaml.Node]:
-    """Follow pydantic's location into the YAML tree; steps that are no keys of the file (tags, absent keys) are left out."""
+    """Follow pydantic's location into the YAML tree; steps that are no keys of the file (tags) are left out."""
     path: list[str] = []
     node = tree
     mark = tree

@@ -1,7 +1,7 @@
 """The built-in corpus: the Python source and documentation installed on this machine, so that no network is needed.
 
-In: a budget of text bytes and a seed. Out: an artifact of kind `documents`: one Parquet file with `id`, `text`, `source`
-(the package), in an order that the seed decides.
+In: a budget of text bytes and a seed. Out: an artifact of kind `documents`: one Parquet file with `id`, `text`,
+`source` (the package), in an order that the seed decides.
 
 Files are drawn in the order of a hash of their name and the seed until the budget is filled; no package gives more than
 `MAX_SHARE` of it, exact copies are taken once, and generated tables and tiny stubs are left out by size.

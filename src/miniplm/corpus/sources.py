@@ -12,7 +12,7 @@ Promised: every record of every file is yielded exactly once, as a `Document` or
 
 from __future__ import annotations
 
-import glob
+import glob  # pathlib's glob takes no absolute patterns
 import hashlib
 import json
 import os
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     import datasets
 
 _SOURCE_COLUMNS = (
-    "source", "domain", "subset", "meta.pile_set_name", "meta.source", "metadata.source", "meta.domain", "metadata.domain"
+    "source", "domain", "subset", "meta.pile_set_name", "meta.source", "metadata.source", "meta.domain",
+    "metadata.domain",
 )  # fmt: skip
 _FORMATS = {
     ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv",
@@ -63,7 +64,8 @@ class Documents:
     """An opened corpus.
 
     Attributes:
-        fingerprint: of the contents and of everything in the settings that decides which text, ids and sources come out.
+        fingerprint: of the contents and of everything in the settings that decides which text, ids and sources come
+            out.
         groups: each a list of file names to be read one after the other; the unit of parallel reading.
 
     """
@@ -182,7 +184,7 @@ def _find_files(patterns: Sequence[str]) -> list[Path]:
     found: set[Path] = set()
     for pattern in patterns:
         path = Path(pattern).expanduser()
-        matches = [Path(m) for m in glob.glob(str(path), recursive=True)] if glob.has_magic(str(path)) else [path]
+        matches = [Path(m) for m in glob.glob(str(path), recursive=True)]  # noqa: PTH207 if glob.has_magic(str(path)) else [path]
         matches = [m for m in matches if m.exists()]
         if not matches:
             raise CorpusError(f"no file matches {pattern!r}.", facts={"looked in": Path.cwd()})

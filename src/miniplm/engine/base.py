@@ -16,4 +16,4 @@ class Engine(Protocol):
     """Runs a function over many shards."""
 
     def run(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Call `function` for each item and yield the results as they come. An exception of the function is raised here."""
+        """Call `function` for each item and yield the results as they come; its exceptions are raised here."""

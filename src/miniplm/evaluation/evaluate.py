@@ -1,7 +1,7 @@
 """The stage `evaluate`: a model on the held-out part.
 
-In: a model's scorer and a packed part. Out: an `Evaluation`: the log-probability of every instance in Parquet, from which
-the figures of `loss.py` are derived, and with which any two models can be compared in pairs.
+In: a model's scorer and a packed part. Out: an `Evaluation`: the log-probability of every instance in Parquet, from
+which the figures of `loss.py` are derived, and with which any two models can be compared in pairs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Evaluation:
 
     def __str__(self) -> str:
         return "\n".join(
-            f"{row.dataset:<10} {row.source:<24} {row.metric:<15} {row.value:8.4f} ± {row.standard_error or 0:.4f}  n={row.n:,}"
+            f"{row.dataset:<10} {row.source:<24} {row.metric:<15} {row.value:8.4f} ± {row.standard_error or 0:.4f}"
+            f"  n={row.n:,}"
             for row in self.rows
         )
 

@@ -22,7 +22,7 @@ ALL = "all"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One figure. `source` is `all` or a domain; `metric` is `nats_per_token` or `bits_per_byte`; `n` counts instances."""
+    """One figure: `source` is `all` or a domain, `metric` `nats_per_token` or `bits_per_byte`, `n` counts instances."""
 
     dataset: str
     source: str

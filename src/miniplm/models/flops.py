@@ -1,8 +1,8 @@
 """Floating-point operations of a model, counted from its layers.
 
-A forward pass costs 2 operations for each weight of each linear layer and token (the head included, the embedding look-up
-not), and 2·T·D in each attention layer for the scores and the mixing of values under a causal mask (half of 4·T·D).
-A training step costs three forward passes (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
+A forward pass costs 2 operations for each weight of each linear layer and token (the head included, the embedding
+look-up not), and 2·T·D in each attention layer for the scores and the mixing of values under a causal mask (half of
+4·T·D). A training step costs three forward passes (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def forward_flops(model: PreTrainedModel, sequence_length: int) -> float:
     linear.setdefault(id(head), head.weight.numel() if isinstance(head, nn.Linear) else 0)
     config = model.config.get_text_config()
     attention_layers = config.num_hidden_layers if getattr(config, "num_attention_heads", None) else 0
-    return 2.0 * sum(linear.values()) + 2.0 * sequence_length * config.hidden_size * attention_layers
+    return float(2 * sum(linear.values()) + 2 * sequence_length * config.hidden_size * attention_layers)
 
 
 def training_flops(model: PreTrainedModel, sequence_length: int, tokens: int) -> float:

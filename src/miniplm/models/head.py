@@ -1,11 +1,12 @@
 """The output head, a chunk of positions at a time: log-probabilities and cross entropy without the logits.
 
-A model is used as backbone (ids -> hidden states `[N, D]`) and head (a `[V, D]` matrix). The logits `[N, V]` of a batch of
-16 x 1,024 positions and 151,936 tokens are 10 GB in float32; here at most `_CHUNK_ELEMENTS` of them (or 256 rows) exist at once.
+A model is used as backbone (ids -> hidden states `[N, D]`) and head (a `[V, D]` matrix). The logits `[N, V]` of a batch
+of 16 x 1,024 positions and 151,936 tokens are 10 GB in float32; here at most `_CHUNK_ELEMENTS` of them (or 256 rows)
+exist at once.
 
-Why not `torch.nn.functional.linear_cross_entropy`: with bfloat16 inputs torch 2.13 on CPU returned 8.0 for a loss of 12.55
-(V = 151,936; it sums in the input's dtype), took 5 to 10 times as long there, and torch 2.11 does not have it. *Measured
-2026-11-20, NOTES.md.*
+Why not `torch.nn.functional.linear_cross_entropy`: with bfloat16 inputs torch 2.13 on CPU returned 8.0 for a loss of
+12.55 (V = 151,936; it sums in the input's dtype), took 5 to 10 times as long there, and torch 2.11 does not have it.
+*Measured 2026-11-20, NOTES.md.*
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def head_of(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
 def check_head(model: PreTrainedModel) -> None:
     """Make sure that head(backbone(x)) are the model's own logits, on eight tokens.
 
-    Some architectures cap, scale or shift their logits after the head; scored in our way they would be wrong in silence.
+    Some architectures cap, scale or shift their logits after the head; scored in our way they would be wrong in
+    silence.
 
     Raises:
         ModelError: they are not.
@@ -153,7 +155,7 @@ class _CrossEntropy(torch.autograd.Function):
         return total.float()
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
         by_bias = None if bias_grad is None else (bias_grad * scale).to(ctx.dtype)
         return (hidden_grad * scale).to(hidden_grad.dtype), (weight_grad * scale).to(ctx.dtype), by_bias, None, None

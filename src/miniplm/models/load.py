@@ -1,4 +1,4 @@
-"""Models in: made new from a config, or loaded from a folder or the Hub; safetensors only, no code but transformers' own.
+"""Models in: made new from a config, or loaded from a folder or the Hub; safetensors only, no code of the model's own.
 
 In: a config, or a name. Out: a `transformers` causal language model, and the fingerprint of what was loaded: that of
 the artifact for a model of ours, the hash of its files for another folder, the commit for a Hub id.
@@ -74,10 +74,10 @@ def load_model(given: GivenModel, dtype: Precision = "float32", device: str = "c
         raise ModelError(
             f"the model {given.model!r} cannot be loaded.",
             facts={"because": str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__},
-            remedy="It must be a folder or a Hub id with config.json and *.safetensors; models that bring their own code "
-            "need `trust_remote_code: true`, said by you.",
+            remedy="It must be a folder or a Hub id with config.json and *.safetensors; models that bring their "
+            "own code need `trust_remote_code: true`, said by you.",
         ) from error
-    return model.to(device).eval()  # type: ignore[arg-type]
+    return model.to(device).eval()
 
 
 def model_fingerprint(given: GivenModel) -> str:

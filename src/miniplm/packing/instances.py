@@ -38,7 +38,7 @@ _ROWS_PER_BATCH = 1000
 
 @dataclass(frozen=True, slots=True)
 class Instances:
-    """Some instances in memory: `input_ids [N, T+1]`, `length [N]`, `n_bytes [N]`, `source` and `documents` of length N."""
+    """N instances in memory: `input_ids [N, T+1]`, and `length`, `n_bytes`, `source`, `documents` of length N."""
 
     input_ids: NDArray[Any]
     length: NDArray[np.int32]

@@ -92,7 +92,8 @@ def pack(
         ends: where cuts may be; None cuts exactly.
 
     Returns:
-        The instances, and the stream that is left; the last document in an instance may also be the first of what is left.
+        The instances, and the stream that is left; the last document in an instance may also be the first of what is
+        left.
 
     """
     tokens = np.concatenate(stream.tokens) if stream.tokens else np.empty(0, np.uint32)

@@ -4,9 +4,9 @@
                                                                                      └─ what is left of a block ─┐
                                                               all blocks' remainders, in order, packed once more ◄┘
 
-In: `Documents` and `PrepareSettings`. Out: a folder with one packed part each (`pool/`, `reference/`, ...) and `tokenizer/`.
-A block is about `block_bytes` of text of one group of files: the unit of work, of retry and of commit. Blocks know nothing
-of each other, so any worker may take any group, and the bytes are the same. Memory: one block.
+In: `Documents` and `PrepareSettings`. Out: a folder with one packed part each (`pool/`, `reference/`, ...) and
+`tokenizer/`. A block is about `block_bytes` of text of one group of files: the unit of work, of retry and of commit.
+Blocks know nothing of each other, so any worker may take any group, and the bytes are the same. Memory: one block.
 
 Promised, and counted in the manifest: every document is in exactly one part; tokens in = tokens out + leftovers.
 """
@@ -96,7 +96,7 @@ class Corpus:
 
 
 def identity(documents: str, settings: PrepareSettings) -> Identity:
-    """What the prepared corpus is; `documents` is a fingerprint. A given tokenizer enters by its vocabulary, not its name."""
+    """What the prepared corpus is, of documents with this fingerprint; a given tokenizer enters by its vocabulary."""
     recipe = settings.model_dump(mode="json", exclude={"tokenizer": {"name", "revision"}})
     inputs = {"documents": documents}
     if settings.tokenizer.train is None:
@@ -274,10 +274,8 @@ def _ledger(streams: Mapping[tuple[str, str], Stream], counts: Counter[str]) -> 
         {"part": pa.string(), "source": pa.string(), "document": pa.string(), "tokens": pa.list_(pa.uint32())},
         metadata={"counts": json.dumps(counts, sort_keys=True)},
     )
-    columns = list(zip(*rows, strict=True)) or [[], [], [], []]
-    return pa.table(
-        [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema
-    )
+    columns = zip(*rows, strict=True) if rows else ((),) * len(schema)
+    return pa.table([pa.array(column, f.type) for column, f in zip(columns, schema, strict=True)], schema=schema)
 
 
 def _counts(ledger: pa.Table) -> Counter[str]:
@@ -292,7 +290,7 @@ def _sum_rejected(ledgers: list[pa.Table]) -> dict[str, int]:
 def _pack_remainders(
     work: Workspace, ledgers: list[pa.Table], settings: PrepareSettings, tokenizer: Tokenizer
 ) -> dict[str, Counter[str]]:
-    """Pack what the blocks left over, source by source in block order; return the tokens left then, by part and source."""
+    """Pack what the blocks left over, source by source in block order; return the tokens that are left then."""
     streams: defaultdict[tuple[str, str], Stream] = defaultdict(Stream)
     for ledger in ledgers:
         for row in ledger.to_pylist():

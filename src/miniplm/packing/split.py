@@ -17,8 +17,8 @@ PARTS = ("reference", "teacher", "held_out", "pool")
 def part_of(document_id: str, split: Split) -> str:
     """The part of the document with this id.
 
-    The unit interval is laid out as held out, teacher, reference, pool from 0 upwards, so changing the reference's share
-    moves no document into or out of the held-out part.
+    The unit interval is laid out as held out, teacher, reference, pool from 0 upwards, so changing the reference's
+    share moves no document into or out of the held-out part.
     """
     digest = hashlib.blake2b(document_id.encode(), digest_size=8, key=split.seed.to_bytes(8, "big")).digest()
     position = int.from_bytes(digest, "big") / 2**64

@@ -44,7 +44,7 @@ class Tokenizer:
     @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id that can come out."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        return int(max(self.backend.get_vocab(with_added_tokens=True).values())) + 1
 
     @cached_property
     def fingerprint(self) -> str:
@@ -156,7 +156,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator((texts,) if isinstance(texts, str) else texts, trainer)
-    tokenizer = _finish(backend, backend.token_to_id(END_OF_TEXT))
+    tokenizer = _finish(backend, _separator_id(backend, END_OF_TEXT, {}, "the new tokenizer"))
     if tokenizer.vocab_size != vocab_size:
         raise TokenizerError(
             "the corpus is too small to train the tokenizer.",

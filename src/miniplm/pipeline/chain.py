@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from miniplm import artifact
@@ -26,12 +27,14 @@ from miniplm.packing import prepare as preparing
 from miniplm.packing.instances import Packed, packed_identity
 from miniplm.pipeline.stages import evaluate_model, score_part, select_rows, train_model
 from miniplm.recipe import CorpusSettings, GivenModel, Recipe, TrainSettings
-from miniplm.sampling import base as selecting
 from miniplm.sampling.named import identity as selection_identity
 from miniplm.sampling.named import sampler_from
 from miniplm.scoring import score as scoring
 from miniplm.training import trainer as training
 from miniplm.training.presets import preset
+
+
+Make = Callable[[Path, Identity], object]
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,16 @@ class Chain(dict[str, Stage]):
         self.root = root
 
     def add(
-        self, name: str, folder: str, what: Identity, needs: tuple[str, ...], make: Callable[[Path], object]
+        self,
+        name: str,
+        folder: str,
+        what: Identity,
+        needs: tuple[str, ...],
+        make: Make,
     ) -> Stage:
-        """Append a stage whose artifact is `<folder>-<fingerprint>`."""
+        """Append a stage whose artifact is `<folder>-<fingerprint>`; `make` is called with its path and identity."""
         path = self.root / f"{folder}-{what.fingerprint[:12]}"
-        self[name] = Stage(name, what, path, needs, lambda: make(path))
+        self[name] = Stage(name, what, path, needs, partial(make, path, what))
         return self[name]
 
     def within(self, prefix: str) -> Iterator[tuple[str, Stage]]:
@@ -91,11 +99,13 @@ def chain(recipe: Recipe, root: Path) -> Chain:
     documents_fingerprint, open_corpus_documents = _documents(stages)
     after_documents = tuple(stages)
 
+    make: Make
+
+    def make_corpus(out: Path, _: Identity) -> object:
+        return preparing.prepare(open_corpus_documents(), recipe.prepare, out)
+
     what = preparing.identity(documents_fingerprint, recipe.prepare)
-    corpus = stages.add(
-        "prepare", "corpus", what, after_documents,
-        lambda path: preparing.prepare(open_corpus_documents(), recipe.prepare, path),
-    )  # fmt: skip
+    corpus = stages.add("prepare", "corpus", what, after_documents, make_corpus)
 
     def part(name: str) -> tuple[str, Callable[[], Packed]]:
         fingerprint = packed_identity(corpus.identity.fingerprint, name).fingerprint
@@ -104,68 +114,68 @@ def chain(recipe: Recipe, root: Path) -> Chain:
     pool, open_pool = part("pool")
     held_out, open_held_out = part("held_out")
 
-    models: dict[
-        str, tuple[str, GivenModel, tuple[str, ...]]
-    ] = {}  # role -> fingerprint, where, the stage that makes it
+    models: dict[str, _Model] = {}
     for role, model in (("teacher", recipe.teacher), ("reference", recipe.reference)):
         if isinstance(model, GivenModel):
-            models[role] = (model_fingerprint(model), model, ())
+            models[role] = _Model(model_fingerprint(model), model, ())
             continue
         data, open_data = part(role)
         what = training.identity(model, rule.counted, {"data": data})
-        trained = stages.add(
-            f"train/{role}", f"models/{role}", what, ("prepare",),
-            lambda path, m=model, d=open_data, w=what: train_model(m, d(), None, None, rule.counted, path, w, compute),
-        )  # fmt: skip
-        models[role] = (what.fingerprint, GivenModel(model=str(trained.path)), (trained.name,))
+        make = partial(train_model, model, open_data, None, None, rule.counted, compute)
+        models[role] = _Model.made_by(stages.add(f"train/{role}", f"models/{role}", what, ("prepare",), make))
 
     scores: dict[str, Stage] = {}
-    for role, (fingerprint, model, made_by) in models.items():
-        what = scoring.identity(pool, fingerprint, rule)
-        scores[role] = stages.add(
-            f"score/{role}", f"scores/{role}", what, ("prepare", *made_by),
-            lambda path, m=model, w=what: score_part(open_pool(), m, path, w, compute),
-        )  # fmt: skip
+    for role, scored in models.items():
+        what = scoring.identity(pool, scored.fingerprint, rule)
+        needs = ("prepare", *scored.stage)
+        make = partial(score_part, open_pool, scored.given, compute)
+        scores[role] = stages.add(f"score/{role}", f"scores/{role}", what, needs, make)
 
     fingerprints = {"pool": pool, **{role: stage.identity.fingerprint for role, stage in scores.items()}}
     for name, settings in recipe.select.items():
         sampler = sampler_from(settings)
+        read = {role: stage for role, stage in scores.items() if role in sampler.needs}
         what = selection_identity(settings.sampler, sampler, fingerprints)
-        needs = ("prepare", *(f"score/{role}" for role in scores if role in sampler.needs))
-        paths = {role: stage.path for role, stage in scores.items() if role in sampler.needs}
-        stages.add(
-            f"select/{name}", f"selections/{name}", what, needs,
-            lambda path, s=sampler, p=paths, w=what: select_rows(s, open_pool(), p, path, w),
-        )  # fmt: skip
+        needs = ("prepare", *(stage.name for stage in read.values()))
+        make = partial(select_rows, sampler, open_pool, {role: stage.path for role, stage in read.items()})
+        stages.add(f"select/{name}", f"selections/{name}", what, needs, make)
 
     for name, student in recipe.students.items():
         selection = None if student.data == "pool" else stages[f"select/{student.data}"]
         inputs = {"data": pool if selection is None else selection.identity.fingerprint}
+        open_measured = None
         if recipe.evaluate.held_out:
-            inputs["held_out"] = held_out
+            inputs["held_out"], open_measured = held_out, open_held_out
         what = training.identity(student, rule.counted, inputs)
         needs = ("prepare",) if selection is None else ("prepare", selection.name)
-        trained = stages.add(
-            f"students/{name}", f"students/{name}", what, needs,
-            lambda path, m=student, s=selection, w=what: train_model(
-                m, open_pool(), None if s is None else selecting.open_selection(s.path),
-                open_held_out() if recipe.evaluate.held_out else None, rule.counted, path, w, compute,
-            ),
-        )  # fmt: skip
-        models[name] = (what.fingerprint, GivenModel(model=str(trained.path)), (trained.name,))
+        rows = None if selection is None else selection.path
+        make = partial(train_model, student, open_pool, rows, open_measured, rule.counted, compute)
+        models[name] = _Model.made_by(stages.add(f"students/{name}", f"students/{name}", what, needs, make))
 
     if recipe.evaluate.held_out:
-        for name, (fingerprint, model, made_by) in models.items():
-            what = evaluating.identity(held_out, fingerprint, rule)
-            stages.add(
-                f"evaluate/{name}", f"evaluations/{name}", what, ("prepare", *made_by),
-                lambda path, m=model, w=what: evaluate_model(open_held_out(), m, path, w, compute),
-            )  # fmt: skip
+        for name, measured in models.items():
+            what = evaluating.identity(held_out, measured.fingerprint, rule)
+            needs = ("prepare", *measured.stage)
+            make = partial(evaluate_model, open_held_out, measured.given, compute)
+            stages.add(f"evaluate/{name}", f"evaluations/{name}", what, needs, make)
     return stages
 
 
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A model that is scored with or measured: what it is, where it lies, and the stage that makes it, if one does."""
+
+    fingerprint: str
+    given: GivenModel
+    stage: tuple[str, ...]
+
+    @classmethod
+    def made_by(cls, stage: Stage) -> _Model:
+        return cls(stage.identity.fingerprint, GivenModel(model=str(stage.path)), (stage.name,))
+
+
 def _documents(stages: Chain) -> tuple[str, Callable[[], Documents]]:
-    """The fingerprint of the documents, and how they are opened. The built-in corpus is written out first, as a stage."""
+    """The fingerprint of the documents, and how they are opened; the built-in corpus is a stage of its own first."""
     settings = stages.recipe.corpus
     group_bytes = stages.recipe.prepare.block_bytes
     if settings.source is None:

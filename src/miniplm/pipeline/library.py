@@ -124,7 +124,8 @@ def train(
     Args:
         model: a preset (`qwen-200m`), or a `transformers` config as a dict.
         data: a packed part, or rows of one (`corpus.pool.select(chosen.rows)`).
-        tokens: predicted tokens to see, rounded down to whole batches; more than the data has are seen in further epochs.
+        tokens: predicted tokens to see, rounded down to whole batches; more than the data has are seen in further
+            epochs.
         out: folder of the model.
         held_out: instances for the loss curve.
         counted: which targets count.
@@ -214,11 +215,13 @@ def select(
         raise _refused(error) from error
     sampler = sampler_from(named)
     scores = {
-        role: open_scores(path) for role, path in (("teacher", teacher), ("reference", reference)) if path is not None
+        role: open_scores(Path(path))
+        for role, path in (("teacher", teacher), ("reference", reference))
+        if path is not None
     }
     if missing := sampler.needs - {"pool"} - set(scores):
         raise RecipeError(f"the sampler {named.sampler!r} needs the scores of the {' and the '.join(sorted(missing))}.")
-    given = [Pool.of(open_packed(pool))] if pool is not None else [Pool.of(s) for s in scores.values()]
+    given = [Pool.of(open_packed(Path(pool)))] if pool is not None else [Pool.of(s) for s in scores.values()]
     if not given:
         raise RecipeError(f"the sampler {named.sampler!r} needs the pool, or some scores of it.")
     selection = sampler.select(scores.get("teacher"), scores.get("reference"), pool=given[0])
@@ -263,7 +266,7 @@ def _scorer(model: AnyModel, dtype: Precision, compute: Compute) -> tuple[str, s
 
 
 def _packed_behind(rows: datasets.Dataset) -> Packed | None:
-    """The packed part that a Dataset is a choice of rows of, told by where its files lie; None if it is of no such part."""
+    """The packed part that a Dataset is a choice of rows of, told by where its files lie; None if of no such part."""
     folders = {Path(file["filename"]).parent for file in rows.cache_files}
     if len(folders) == 1 and ((folder := folders.pop()) / MANIFEST).is_file():
         return open_packed(folder)

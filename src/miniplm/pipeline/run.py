@@ -1,4 +1,4 @@
-"""Running a chain: make what is missing, in order. The state of a run is the artifacts in its directory, nothing else."""
+"""Running a chain: make what is missing, in order. The state of a run is its artifacts, nothing else."""
 
 from __future__ import annotations
 

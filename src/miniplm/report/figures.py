@@ -194,6 +194,7 @@ def share_kept(selections: Sequence[Mapping[str, Any]]) -> str:
         axes.barh(range(len(sources)), [share.get(source, 0.0) for source in sources], color=KEPT, height=0.68)
         axes.axvline(one["selected"] / max(1, one["of"]), color=INK, linewidth=1.2, linestyle="dashed")
         axes.set_title(f"{_label(one['name'])}: {one['selected'] / max(1, one['of']):.0%} of all")
+        axes.tick_params(labelbottom=True)
         axes.xaxis.set_major_locator(MaxNLocator(3))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
     panels[0].set_xlim(0, min(1.0, 1.1 * max(value for share in shares for value in share.values())) or 1.0)

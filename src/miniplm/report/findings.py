@@ -1,7 +1,7 @@
 """What a finished run found, gathered from its artifacts into plain JSON types: `report.json`, and what the page shows.
 
-Nothing is measured here: figures come from manifests, scores, evaluations and loss curves. The one derived thing is how many
-tokens the control would need, read off the measured curves by linear interpolation in log tokens.
+Nothing is measured here: figures come from manifests, scores, evaluations and loss curves. The one derived thing is how
+many tokens the control would need, read off the measured curves by linear interpolation in log tokens.
 """
 
 from __future__ import annotations
@@ -174,8 +174,8 @@ def _same_loss(student: Mapping[str, Any], control: Mapping[str, Any]) -> dict[s
         reached = tokens_to_reach(student["curve"], finals[1])
         assert reached is not None
         note = (
-            f"{student['name']} reached the control's final loss after {reached / 1e6:.2f}M of {total / 1e6:.2f}M tokens; "
-            f"to reach {student['name']}'s final loss the control needs more than the {total / 1e6:.2f}M tokens it was given"
+            f"{student['name']} reached the control's final loss after {reached / 1e6:.2f}M of {total / 1e6:.2f}M "
+            f"tokens; to reach {student['name']}'s final loss the control needs more than those {total / 1e6:.2f}M"
         )
         return {"control_tokens": total, "student_tokens": reached, "ratio": total / reached, "note": note}
     reached = tokens_to_reach(control["curve"], finals[0])
@@ -277,7 +277,7 @@ def _example(pool: Packed, teacher: Scores, reference: Scores, row: int) -> dict
 
 def _stage(stage: Stage, stages: Chain) -> dict[str, Any]:
     how = artifact.provenance(stage.path)
-    rate = {key: how[key] for key in ("tokens_per_s", "flops_per_s", "device") if key in how}
+    rate: dict[str, Any] = {key: how[key] for key in ("tokens_per_s", "flops_per_s", "device") if key in how}
     return {
         "name": stage.name,
         "seconds": how.get("seconds"),

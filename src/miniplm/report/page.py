@@ -48,7 +48,6 @@ def render(findings: Mapping[str, Any]) -> str:
         "percent": "{:.1%}".format,
         "plus_minus": plus_minus,
         "power": power,
-        "signed": signed,
     }
     return environment.get_template("page.html").render(
         shown,
@@ -82,7 +81,7 @@ def headline(findings: Mapping[str, Any]) -> Markup:
         "control": _control(findings, best["control"]),
         "budget": _budget(findings, best),
         "size": plus_minus(abs(best["difference"]), best["se"]),
-        "difference": plus_minus(best["difference"], best["se"]),
+        "difference": plus_minus(best["difference"], best["se"], sign=True),
     }
     sentence = {
         "better": Markup("{budget}, <em>{student}</em> is {size} nats per token better than {control}."),
@@ -101,25 +100,20 @@ def headline(findings: Mapping[str, Any]) -> Markup:
     return sentence + Markup(" Of {} students compared: {}.").format(len(comparisons), tally)
 
 
-def amount(value: float | None, places: int = 3) -> str:
-    """A number with a true minus sign, or a dash where there is none."""
+def amount(value: float | None, places: int = 3, *, sign: bool = False) -> str:
+    """A number with a true minus sign, or a dash where there is none; with `sign`, a plus sign too."""
     if value is None or not math.isfinite(value):
         return ABSENT
-    return f"{value:.{places}f}".replace("-", "−")
+    rounded = round(value, places) or 0.0  # no negative zero
+    return f"{rounded:{'+' if sign and rounded else ''}.{places}f}".replace("-", "−")
 
 
-def signed(value: float | None, places: int = 3) -> str:
-    """A number that always carries its sign."""
-    text = amount(value, places)
-    return text if text.startswith((ABSENT, "−")) else f"+{text}"
-
-
-def plus_minus(value: float | None, error: float | None) -> str:
-    """`5.120 ± 0.030`: three decimals, or as many as the error needs for two digits."""
+def plus_minus(value: float | None, error: float | None, *, sign: bool = False) -> str:
+    """`5.120 ± 0.030`: three decimals, or as many as the error needs for one digit."""
     if value is None or error is None or not 0 < error < math.inf:
-        return amount(value)
-    places = min(6, max(3, 1 - math.floor(math.log10(error))))
-    return f"{amount(value, places)} ± {amount(error, places)}"
+        return amount(value, sign=sign)
+    places = min(6, max(3, -math.floor(math.log10(error))))
+    return f"{amount(value, places, sign=sign)} ± {amount(error, places)}"
 
 
 def power(value: float | None) -> str:

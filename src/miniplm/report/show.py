@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from miniplm import artifact
 from miniplm.artifact import Manifest
+from miniplm.errors import ArtifactMismatchError
 from miniplm.packing.instances import Packed, open_packed
 from miniplm.scoring.base import Scores, open_scores
 
@@ -101,7 +102,7 @@ def _instances(manifest: Manifest, how: Mapping[str, Any], asked: Path | None) -
     if packed.fingerprint != manifest.identity.inputs["packed"]:
         if asked is None:
             return None
-        raise artifact.ArtifactMismatchError(
+        raise ArtifactMismatchError(
             "the scores are of other instances.",
             facts={
                 "scores": f"{manifest.path}  packed {manifest.identity.inputs['packed'][:12]}",

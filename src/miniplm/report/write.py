@@ -40,11 +40,9 @@ def summary(stages: Chain) -> str:
     findings = json.loads((stages.root / DATA).read_bytes())
     gaps = {c["student"]: c for c in findings["comparisons"]}
     width = max([len(s["name"]) for s in findings["students"]] + [len("student")])
-    lines = [
-        f"{'student':<{width}}  {'trained on':<16} {'tokens':>12}  {'nats per token':>16}  {'bits per byte':>13}  against control"
-    ]
-    for student in findings["students"]:
-        lines.append(_line(student, gaps.get(student["name"]), findings["control"], width))
+    heading = f"{'student':<{width}}  {'trained on':<16} {'tokens':>12}  {'nats per token':>16}  {'bits per byte':>13}"
+    lines = [f"{heading}  against control"]
+    lines += [_line(s, gaps.get(s["name"]), findings["control"], width) for s in findings["students"]]
     return "\n".join(["", *lines, "± is one standard error over held-out instances; one seed per student."])
 
 

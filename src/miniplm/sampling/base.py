@@ -1,7 +1,7 @@
 """What a sampler is, what a selection is, and exact top-K.
 
-A sampler is called as `select(teacher, reference, pool=...)` and returns a `Selection`. `needs` says which of the three it
-reads; the others may be None. `pool` is anything that says which instances there are and of which source (`Pool`).
+A sampler is called as `select(teacher, reference, pool=...)` and returns a `Selection`. `needs` says which of the three
+it reads; the others may be None. `pool` is anything that says which instances there are and of which source (`Pool`).
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ class Sampler(Protocol):
 def keep_count(ratio: float, instances: int) -> int:
     """K = ⌊ratio · N⌋, at least 1.
 
-    0.29 · 100 is 28.999999999999996 in floating point and 29 to the person who wrote it, so a product within 1e-9 of a whole
-    number is that number. Raises RecipeError if the ratio is outside (0, 1].
+    0.29 · 100 is 28.999999999999996 in floating point and 29 to the person who wrote it, so a product within 1e-9 of a
+    whole number is that number. Raises RecipeError if the ratio is outside (0, 1].
     """
     if not 0 < ratio <= 1:
         raise RecipeError("the sampling ratio is outside (0, 1].", facts={"found": ratio})
@@ -137,14 +137,15 @@ def top_k(scores: NDArray[np.float64], k: int) -> NDArray[np.int64]:
     boundary = np.partition(scores, len(scores) - k)[len(scores) - k]
     above = np.flatnonzero(scores > boundary)
     ties = np.flatnonzero(scores == boundary)[: k - len(above)]
-    return np.sort(np.concatenate([above, ties])).astype(np.int64)
+    rows: NDArray[np.int64] = np.sort(np.concatenate([above, ties])).astype(np.int64)
+    return rows
 
 
 def top_share(scores: NDArray[np.float64], ratio: float, pool: Pool, *, within_source: bool) -> Selection:
     """The top ⌊ratio·N⌋ of all instances, or the top share inside each source, to the same total.
 
-    Inside sources, each gets ⌊ratio·n⌋ and the rest goes, one each, to the largest remainders (of equal ones, to the first
-    name), so the corpus keeps its mixture of sources and the total is ⌊ratio·N⌋ exactly.
+    Inside sources, each gets ⌊ratio·n⌋ and the rest goes, one each, to the largest remainders (of equal ones, to the
+    first name), so the corpus keeps its mixture of sources and the total is ⌊ratio·N⌋ exactly.
     """
     k = keep_count(ratio, len(scores))
     if not within_source:
@@ -161,7 +162,7 @@ def top_share(scores: NDArray[np.float64], ratio: float, pool: Pool, *, within_s
 def quotas(ratio: float, sizes: NDArray[np.int64], total: int) -> NDArray[np.int64]:
     """How many of each group are taken so that they sum to `total`: largest remainders of ratio · size."""
     exact = ratio * sizes
-    taken = np.floor(exact + 1e-9).astype(np.int64)
+    taken: NDArray[np.int64] = np.floor(exact + 1e-9).astype(np.int64)
     for group in np.argsort(-(exact - taken), kind="stable"):
         if taken.sum() >= total:
             break

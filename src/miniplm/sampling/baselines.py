@@ -1,7 +1,7 @@
 """What Difference Sampling is compared with: a random choice, the teacher's preference, the reference's difficulty.
 
-The last two are the paper's alternatives (rebuttal; paper.md section 6.7): with a 200M student they reached 37.6 and 40.2
-where Difference Sampling reached 41.3 and no selection 39.9.
+The last two are the paper's alternatives (rebuttal; paper.md section 6.7): with a 200M student they reached 37.6 and
+40.2 where Difference Sampling reached 41.3 and no selection 39.9.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ class DifferenceSampling:
 
     Attributes:
         ratio: α, the share of the pool that is kept.
-        normalize: the difference per `token` (the paper's code: a difference of mean losses), per `byte`, or of the `sum`.
+        normalize: the difference per `token` (the paper's code: a difference of mean losses), per `byte`, or of the
+            `sum`.
         within: `source` keeps the top share inside each source, so that the corpus keeps its mixture.
 
     """

@@ -1,7 +1,8 @@
 """What a scorer is, and what scores are.
 
 `Scores` on disk: a folder of Parquet files, one for each shard of the packed instances and in their order; columns
-`instance` (row of the packed part), `logp`, `n_tokens`, `n_bytes`, `source`. Sums and counts are stored; means are derived.
+`instance` (row of the packed part), `logp`, `n_tokens`, `n_bytes`, `source`. Sums and counts are stored; means are
+derived.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The stage `score`: every instance of a packed part under one model.
 
-In: a packed part and a model (by name, folder, or a `Scorer`). Out: `Scores`: Parquet, one file for each shard of the part.
-A shard is the unit of work and of commit; killed and begun again, scoring goes on with the next shard, and the bytes are the same.
+In: a packed part and a model (by name, folder, or a `Scorer`). Out: `Scores`: Parquet, one file for each shard of the
+part. A shard is the unit of work and of commit; killed and begun again, scoring goes on with the next shard, and the
+bytes are the same.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def score_instances(
     batch: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> pa.Table:
-    """Score instances in memory: columns `logp`, `n_tokens`, `n_bytes`, `source`. `advance` is told of counted tokens."""
+    """Score instances in memory: `logp`, `n_tokens`, `n_bytes`, `source`. `advance` is told of counted tokens."""
     mask = counted(instances.input_ids, instances.length, separator, rule)
     logp = np.empty(len(instances), np.float64)
     for begin in range(0, len(instances), batch):
@@ -105,7 +106,7 @@ def score_shards(
     engine: Engine,
     label: str = "score",
 ) -> Mapping[str, Any]:
-    """Score the shards that the workspace does not have yet, one Parquet file each; return the counts of all of them."""
+    """Score the shards that the workspace does not have yet, one Parquet file each; return the counts of all."""
     work.provenance["packed"] = str(packed.path.absolute())  # where it lay, for `show`; not what it is
     shards = packed.shards
     rows = [_rows(shard) for shard in shards]

@@ -1,8 +1,8 @@
 """The order of training: which instance is seen when, the same for any number of processes, resumed or not.
 
-In: the rows (any `datasets.Dataset` with `input_ids [T+1]` and, optionally, `length`), a seed, and how many instances are
-to be seen. Out: a map-style dataset as long as the training, whose item i is the i-th instance to be seen: epoch after
-epoch, each in an order of its own drawn from (seed, epoch); and a collator that makes batches of them.
+In: the rows (any `datasets.Dataset` with `input_ids [T+1]` and, optionally, `length`), a seed, and how many instances
+are to be seen. Out: a map-style dataset as long as the training, whose item i is the i-th instance to be seen: epoch
+after epoch, each in an order of its own drawn from (seed, epoch); and a collator that makes batches of them.
 """
 
 from __future__ import annotations

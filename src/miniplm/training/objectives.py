@@ -16,8 +16,8 @@ from miniplm.models.head import cross_entropy, head_of, hidden_states
 class Batch(TypedDict):
     """A batch of instances.
 
-    input_ids: `[B, T]` int64; targets: `[B, T]` int64, the token after each; weights: `[B, T]` float32, what each target
-    weighs in the loss, summing to 1, or None where all weigh alike.
+    input_ids: `[B, T]` int64; targets: `[B, T]` int64, the token after each; weights: `[B, T]` float32, what each
+    target weighs in the loss, summing to 1, or None where all weigh alike.
     """
 
     input_ids: Tensor

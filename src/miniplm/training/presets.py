@@ -1,8 +1,8 @@
 """Presets: a family, four numbers and a learning rate each.
 
-The paper's sizes are those of its Table 6 and of the published checkpoints (paper.md sections 3.1 to 3.3; arXiv 2410.17215);
-where the paper is silent (45M, Llama 212M, 300M tied or not) the numbers are those that give the published parameter
-counts. The small ones are for CPUs, with the same proportions; their learning rates are assumed.
+The paper's sizes are those of its Table 6 and of the published checkpoints (paper.md sections 3.1 to 3.3; arXiv
+2410.17215); where the paper is silent (45M, Llama 212M, 300M tied or not) the numbers are those that give the published
+parameter counts. The small ones are for CPUs, with the same proportions; their learning rates are assumed.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """The stage `train`: a causal language model from scratch, on packed instances, by the Hugging Face Trainer.
 
 In: `TrainSettings`, rows, a tokenizer. Out: a `save_pretrained` folder: config, safetensors, tokenizer, model card, and
-`training.jsonl` (loss, learning rate, gradient norm and, where held-out instances are given, their loss, against tokens).
+`training.jsonl` (loss, learning rate, gradient norm and, where held-out instances are given, their loss, against
+tokens).
 
-Promised: what is seen at each step depends on the data, the seed and the settings alone; killed and begun again, training
-ends with the weights of an undisturbed run (bit-equal on CPU). The logits of a batch are never held whole.
+Promised: what is seen at each step depends on the data, the seed and the settings alone; killed and begun again,
+training ends with the weights of an undisturbed run (bit-equal on CPU). The logits of a batch are never held whole.
 Optimiser state lies in `state/` of the unfinished folder and is gone when the model is finished.
 """
 
@@ -56,6 +57,7 @@ CURVE_POINTS = 20  # of a loss curve
 CURVE_INSTANCES = 64  # held-out instances whose loss is measured at each point
 _STATE = "state"
 _COMPLETE = "complete"
+_CURVE_NAMES = {"loss": "train_loss", "eval_loss": "held_out_loss"}
 _COMPILE_FROM_FLOPS = 1e15  # on CPU compiling saves 6 to 20 % and costs 15 s a model; measured, NOTES.md
 
 
@@ -88,7 +90,8 @@ def identity(settings: TrainSettings, counted: Counted, inputs: Mapping[str, str
     Args:
         settings: of the training.
         counted: the rule for which targets count.
-        inputs: fingerprints of `data` and, where there is one, `held_out`; those of packed rows stand for the tokenizer too.
+        inputs: fingerprints of `data` and, where there is one, `held_out`; those of packed rows stand for the tokenizer
+            too.
 
     """
     recipe = settings.model_dump(mode="json", exclude={"data"})
@@ -348,7 +351,7 @@ def _arguments(
     if taken := sorted(set(asked) & set(ours)):
         raise RecipeError(
             f"`trainer: {{{taken[0]}: ...}}` is decided by the recipe's own settings.",
-            remedy="Use tokens, batch_tokens, learning_rate, warmup_ratio, precision, seed, compute.train_micro_batch, ...",
+            remedy="Use tokens, batch_tokens, learning_rate, warmup_ratio, precision, seed, compute.train_micro_batch.",
         )
     try:
         arguments = TrainingArguments(**ours, **{**theirs, **asked})
@@ -385,11 +388,9 @@ def _curve(history: list[dict[str, Any]], plan: _Plan) -> list[dict[str, Any]]:
     points: dict[int, dict[str, Any]] = {}
     for entry in history:
         point = points.setdefault(entry["step"], {"step": entry["step"], "tokens": entry["step"] * plan.batch_tokens})
-        for ours, theirs in (
-            ("train_loss", "loss"), ("held_out_loss", "eval_loss"), ("learning_rate", "learning_rate"), ("grad_norm", "grad_norm")
-        ):  # fmt: skip
+        for theirs in ("loss", "eval_loss", "learning_rate", "grad_norm"):
             if theirs in entry:
-                point[ours] = entry[theirs]
+                point[_CURVE_NAMES.get(theirs, theirs)] = entry[theirs]
     return [points[step] for step in sorted(points) if "train_loss" in points[step]]
 
 
