@@ -252,6 +252,15 @@ def test_tables_and_figures_are_described(findings: dict[str, Any]) -> None:
     assert any("miniplm 5.493 after 2M tokens" in label for label in labels)
 
 
+def test_what_was_not_measured_is_a_dash(findings: dict[str, Any]) -> None:
+    unknown = dict.fromkeys(("parameters", "loss", "loss_se", "bits_per_byte", "bits_per_byte_se", "seconds", "flops"))
+    findings["students"][0] |= unknown
+    findings["stages"][0]["seconds"] = None
+    document = parse(page.render(findings))
+    assert "miniplm difference – – −0.052 ± 0.011 better 2M 0.98 epochs – – – FLOP" in document.words()
+    assert not {"None", "nan"} & set(document.words().split())
+
+
 def test_an_empty_run_renders(empty: dict[str, Any]) -> None:
     html = page.render(empty)
     document = parse(html)
@@ -308,6 +317,11 @@ def test_the_headline_names_unequal_budgets_and_other_controls(findings: dict[st
     assert headline_of(page.render(findings)).startswith(
         "With 4M training tokens against 2M, miniplm is 0.052 ± 0.011 nats per token better than the control."
     )
+
+
+def test_the_headline_says_when_the_control_has_the_whole_pool(findings: dict[str, Any]) -> None:
+    findings["students"][2]["data"] = "pool"
+    assert "better than the control on the whole pool." in headline_of(page.render(findings))
 
 
 @pytest.mark.parametrize("hostile", HOSTILE, ids=ascii)
@@ -420,7 +434,8 @@ def test_a_curve_of_one_point_at_zero_tokens_is_drawn() -> None:
     ("value", "error", "expected"),
     [
         (5.12, 0.03, "5.120 ± 0.030"),
-        (-0.0521, 0.00021, "−0.05210 ± 0.00021"),
+        (-0.0521, 0.0034, "−0.052 ± 0.003"),
+        (-0.0521, 0.00021, "−0.0521 ± 0.0002"),
         (5.12, None, "5.120"),
         (float("nan"), 0.1, "– ± 0.100"),
         (None, 0.1, "–"),
@@ -428,6 +443,13 @@ def test_a_curve_of_one_point_at_zero_tokens_is_drawn() -> None:
 )
 def test_plus_minus(value: float | None, error: float | None, expected: str) -> None:
     assert page.plus_minus(value, error) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(2.2, "+2.20"), (-2.2, "−2.20"), (-0.001, "0.00"), (0.001, "0.00"), (None, "–")]
+)
+def test_amount_with_a_sign(value: float | None, expected: str) -> None:
+    assert page.amount(value, 2, sign=True) == expected
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ Promised, and counted in the manifest: every document is in exactly one part; to
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -135,10 +136,7 @@ def _prepare(
             meter.advance(done)
     ledgers = [pq.read_table(path) for path in sorted((work.path / _BLOCKS).glob("*.parquet"))]
     if not any(_counts(ledger)["documents"] for ledger in ledgers):
-        raise CorpusError(
-            "the corpus has no documents.",
-            facts={"files": len(documents.files), **_sum_rejected(ledgers)},
-        )
+        raise _no_documents(documents, _sum_rejected(ledgers))
     tokens_left = _pack_remainders(work, ledgers, settings, tokenizer)
     counts = _totals(work, ledgers, tokens_left, settings, tokenizer)
     _refuse_empty_parts(counts, settings)
@@ -148,12 +146,19 @@ def _prepare(
     return counts
 
 
+def _no_documents(documents: Documents, rejected: Mapping[str, int]) -> CorpusError:
+    return CorpusError("the corpus has no documents.", facts={"files": len(documents.files), **rejected})
+
+
 def _tokenizer(work: Workspace, documents: Documents, settings: PrepareSettings) -> Tokenizer:
     """The tokenizer, from the workspace if an earlier run put it there."""
     if not work.has(TOKENIZER):
         if (training := settings.tokenizer.train) is not None:
             with progress("train tokenizer", training.sample_bytes, "B") as meter:
-                made = tokenizers.train(_sample(documents, settings, meter), training.vocab_size)
+                sample = _sample(documents, settings, meter)
+                if (first := next(sample, None)) is None:
+                    raise _no_documents(documents, {})
+                made = tokenizers.train(itertools.chain((first,), sample), training.vocab_size)
         else:
             made = tokenizers.from_settings(settings.tokenizer)
         with work.part(TOKENIZER) as folder:

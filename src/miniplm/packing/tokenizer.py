@@ -200,15 +200,16 @@ def _separator_id(backend: Any, wanted: str | None, config: dict[str, Any], name
 
 def _download(name: str, revision: str | None) -> dict[str, Path]:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     files = {}
     for file in _FILES:
         try:
             files[file] = Path(hf_hub_download(name, file, revision=revision))
-        except EntryNotFoundError:
-            continue
         except Exception as error:  # offline, no such repository, no access, a name that is no name
+            there_is_none = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+            if there_is_none or file != _FILES[0]:
+                continue
             raise TokenizerError(
                 f"the tokenizer {name!r} is neither a folder here nor to be had from the Hub.",
                 facts={"because": str(error).strip().splitlines()[0]},

@@ -33,7 +33,6 @@ from miniplm.scoring import score as scoring
 from miniplm.training import trainer as training
 from miniplm.training.presets import preset
 
-
 Make = Callable[[Path, Identity], object]
 
 

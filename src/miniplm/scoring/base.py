@@ -84,7 +84,11 @@ class Scores:
 
 
 def open_scores(path: Path | str, kind: str = "scores") -> Scores:
-    """Open scores on disk; an artifact of the kind `evaluation` holds some too.
+    """Open scores on disk.
+
+    Args:
+        path: the artifact.
+        kind: `scores`, or `evaluation`, which holds the scores of the held-out instances.
 
     Raises:
         ArtifactError: they are not there, not finished, or damaged.
