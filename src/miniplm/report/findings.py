@@ -174,13 +174,13 @@ def _same_loss(student: Mapping[str, Any], control: Mapping[str, Any]) -> dict[s
         reached = tokens_to_reach(student["curve"], finals[1])
         assert reached is not None
         note = (
-            f"{student['name']} reached the control's final loss after {reached / 1e6:.2f}M of {total / 1e6:.2f}M "
-            f"tokens; to reach {student['name']}'s final loss the control needs more than those {total / 1e6:.2f}M"
+            f"{student['name']} reached the control's final loss after {reached:,.0f} of {total:,.0f} tokens; "
+            f"to reach {student['name']}'s final loss the control needs more than it was given"
         )
         return {"control_tokens": total, "student_tokens": reached, "ratio": total / reached, "note": note}
     reached = tokens_to_reach(control["curve"], finals[0])
     assert reached is not None
-    note = f"the control reached {student['name']}'s final loss after {reached / 1e6:.2f}M of {total / 1e6:.2f}M tokens"
+    note = f"the control reached {student['name']}'s final loss after {reached:,.0f} of {total:,.0f} tokens"
     return {"control_tokens": reached, "student_tokens": total, "ratio": reached / total, "note": note}
 
 
@@ -242,7 +242,14 @@ def _effects(pool: Packed, teacher: Scores, reference: Scores, kept: NDArray[np.
     def examples(order: NDArray[np.int64]) -> list[dict[str, Any]]:
         return [_example(pool, teacher, reference, int(row)) for row in _spread(order, teacher)]
 
-    notes = {} if len(noisy) else {"noisy_dropped": "no instance that was dropped scored below 0"}
+    notes = {}
+    if not (nats[~kept] <= _EASY_NATS).any():
+        notes["easy_dropped"] = (
+            f"The reference finds no dropped instance easy (below {_EASY_NATS} nats per token): it is too small or was "
+            "trained too briefly. These are the ones on which the two models agree most."
+        )
+    if not len(noisy):
+        notes["noisy_dropped"] = "No instance that was dropped scored below 0."
     return {
         "easy_dropped": examples(easy[~kept[easy]]),
         "hard_kept": examples(hard[kept[hard]]),
