@@ -1,4 +1,4 @@
-"""Shared by all tests: no network, no progress bars, one thread policy, and small corpora that can be seen at a glance."""
+"""Shared by all tests: no network, no progress bars, a cache of their own, and small corpora."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["MINIPLM_PROGRESS"] = "off"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models here are tiny: a second thread only waits for the first
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-WORDS = "the a model corpus token score teacher reference student learns reads keeps drops hard easy text of and in".split()
+WORDS = (
+    "the", "a", "model", "corpus", "token", "score", "teacher", "reference", "student", "learns", "reads", "keeps",
+    "drops", "hard", "easy", "text", "of", "and", "in",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

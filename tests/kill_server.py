@@ -2,7 +2,8 @@
 
 Everything slow to import is imported once; no tensor is computed here, so a forked child finds no threads it has lost.
 An order: `recipe`, `root`, `stage` (or `report`), and `delay` (seconds after the stage has begun; null: no kill) or
-`event` (the stage kills itself before its n-th change to the file system). An answer: `killed`, `status`, `seconds`, `events`.
+`event` (the stage kills itself before its n-th change to the file system). An answer: `killed`, `status`, `seconds`,
+`events`.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ import datasets  # noqa: F401
 import pyarrow.dataset  # noqa: F401
 import torch
 import transformers
-import transformers.models.qwen2.modeling_qwen2  # noqa: F401
+import transformers.models.qwen2.modeling_qwen2
 
 from miniplm.corpus import builtin
 from miniplm.pipeline.chain import Chain, chain
 from miniplm.recipe import load
 
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "open"}
+WRITES = os.O_WRONLY | os.O_RDWR
 
 
 def main() -> None:
@@ -91,7 +93,10 @@ def work(order: dict[str, Any], writer: int) -> None:
 
             def hook(event: str, arguments: tuple[Any, ...]) -> None:
                 nonlocal events
-                if event in CHANGES and (str(arguments[0]).startswith(order["root"]) or arguments[-1] not in (-1, None)):
+                if event not in CHANGES or (event == "open" and not arguments[2] & WRITES):
+                    return
+                inside = str(arguments[0]).startswith(order["root"])
+                if inside or (event != "open" and arguments[-1] != -1):  # the latter: inside a folder that is removed
                     if events == order["event"]:
                         os.kill(os.getpid(), signal.SIGKILL)
                     events += 1

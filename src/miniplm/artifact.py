@@ -44,6 +44,7 @@ PROVENANCE = "provenance.json"
 _IDENTITY = "identity.json"
 _LOCK = ".lock"
 _TEMPORARY = ".tmp"
+_ALMOST_FULL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,15 +307,24 @@ def storage(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+    except Exception as error:
         folder = next(p for p in (path, *path.parents) if p.exists())
+        free = shutil.disk_usage(folder).free
+        if isinstance(error, StorageError) or not _says_full(error, free):
+            raise
         raise StorageError(
             f"no space left while writing {path}.",
-            facts={"free": f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB", "in": folder},
+            facts={"free": f"{free / 1e6:,.1f} MB", "in": folder},
             remedy="Free some space and type the same command again; what is finished is kept.",
         ) from error
+
+
+def _says_full(error: Exception, free: int) -> bool:
+    """Whether an error is about space. Some libraries say so only in words, torch not even that ("write failed")."""
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return True
+    words = str(error).lower()
+    return "no space left" in words or ("write" in words and free < _ALMOST_FULL_BYTES)
 
 
 def _canonical(value: object) -> bytes:

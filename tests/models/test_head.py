@@ -83,7 +83,12 @@ def dense(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, 
 
 
 def with_gradients(
-    loss_of: Callable[..., Tensor], given: dict[str, Tensor], bias: bool, weighted: bool, scale: float, dtype: torch.dtype
+    loss_of: Callable[..., Tensor],
+    given: dict[str, Tensor],
+    bias: bool,
+    weighted: bool,
+    scale: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss and the gradients of `scale` times it to hidden states, weight and, where there is one, bias."""
     names = ["hidden", "weight", *(["bias"] if bias else [])]

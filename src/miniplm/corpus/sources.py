@@ -12,16 +12,19 @@ Promised: every record of every file is yielded exactly once, as a `Document` or
 
 from __future__ import annotations
 
+import contextlib
 import glob  # pathlib's glob takes no absolute patterns
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-import fsspec
+import fsspec.compression
+import fsspec.utils
+import pyarrow.parquet as pq
 
 from miniplm.artifact import file_sha256
 from miniplm.errors import CorpusError
@@ -59,6 +62,31 @@ class Rejected:
     reason: Literal["empty", "malformed", "undecodable"]
 
 
+Advance = Callable[[int], None]
+
+
+class _Reading:
+    """How far a file has been read, in bytes on disk: by its position, by rows, or only at its end."""
+
+    def __init__(self, size: int, advance: Advance) -> None:
+        self.size, self.advance, self.told = size, advance, 0
+        self.position: Callable[[], int] | None = None
+        self.of_rows = 0
+
+    def row(self, number: int) -> None:
+        """A record was read; tell of every hundredth."""
+        if number % 100 == 0 and (self.position is not None or self.of_rows):
+            self._tell(self.position() if self.position is not None else self.size * number // self.of_rows)
+
+    def to_end(self) -> None:
+        """The whole file was read."""
+        self._tell(self.size)
+
+    def _tell(self, done: int) -> None:
+        self.advance(done - self.told)
+        self.told = done
+
+
 @dataclass(frozen=True, slots=True)
 class Documents:
     """An opened corpus.
@@ -85,23 +113,25 @@ class Documents:
         """Size of a file on disk; 0 where there is none (the Hub, a Dataset)."""
         return _disk_bytes(self.base / name) if self.base is not None else 0
 
-    def read(self, group: int) -> Iterator[Document | Rejected]:
+    def read(self, group: int, advance: Advance = lambda _: None) -> Iterator[Document | Rejected]:
         """Stream the records of one group, in the order of its files and rows. Errors: see `read_file`."""
         for name in self.groups[group]:
-            yield from self.read_file(name)
+            yield from self.read_file(name, advance)
 
-    def read_file(self, name: str) -> Iterator[Document | Rejected]:
-        """Stream the records of one file.
+    def read_file(self, name: str, advance: Advance = lambda _: None) -> Iterator[Document | Rejected]:
+        """Stream the records of one file; `advance` is told of the bytes on disk that were read.
 
         Raises:
             CorpusError: a record is malformed or undecodable and `on_error` is `raise`; a column is missing.
 
         """
-        records = self._records(name)
+        read = _Reading(self.disk_bytes(name), advance)
+        records = self._records(name, read)
         columns = None
         for row, (record, problem) in enumerate(records, start=1):
             if record is not None and columns is None:
                 columns = _find_columns(record, self.settings.columns, name)
+            read.row(row)
             if record is None or columns is None:
                 yield self._reject(name, row, *problem)
                 continue
@@ -120,6 +150,7 @@ class Documents:
                     text=text,
                     source=NO_SOURCE if source is None else str(source),
                 )
+        read.to_end()
 
     def _reject(self, name: str, row: int, reason: Literal["malformed", "undecodable"], why: str) -> Rejected:
         if self.settings.on_error == "skip":
@@ -131,7 +162,7 @@ class Documents:
             remedy="Mend the file, or set `on_error: skip` to count such records and go on.",
         )
 
-    def _records(self, name: str) -> Iterator[tuple[Mapping[str, Any] | None, Any]]:
+    def _records(self, name: str, read: _Reading) -> Iterator[tuple[Mapping[str, Any] | None, Any]]:
         if self.dataset is not None:
             return ((record, None) for record in self.dataset)
         if self.settings.hub is not None:
@@ -140,7 +171,9 @@ class Documents:
         path = self.base / name
         kind = _format(path, self.settings.format)
         if kind == "jsonl":
-            return _json_lines(path)
+            return _json_lines(path, read)
+        if kind == "parquet":
+            read.of_rows = pq.ParquetFile(path).metadata.num_rows
         return ((record, None) for record in _load(path, kind, self.settings.split))
 
 
@@ -237,8 +270,9 @@ def _group(names: Sequence[str], sizes: Sequence[int], group_bytes: int) -> tupl
     return tuple(tuple(group) for group in groups)
 
 
-def _json_lines(path: Path) -> Iterator[tuple[Mapping[str, Any] | None, Any]]:
-    with fsspec.open(str(path), "rb", compression="infer") as file:
+def _json_lines(path: Path, read: _Reading) -> Iterator[tuple[Mapping[str, Any] | None, Any]]:
+    with path.open("rb") as raw, _decompressed(raw, path) as file:
+        read.position = raw.tell
         lines = iter(file)
         while True:
             try:
@@ -260,6 +294,11 @@ def _json_lines(path: Path) -> Iterator[tuple[Mapping[str, Any] | None, Any]]:
                     yield record, None
                 else:
                     yield None, ("malformed", f"a JSON {type(record).__name__}, not an object")
+
+
+def _decompressed(raw: BinaryIO, path: Path) -> Any:
+    kind = fsspec.utils.infer_compression(path.name)
+    return contextlib.nullcontext(raw) if kind is None else fsspec.compression.compr[kind](raw, mode="rb")
 
 
 def _load(path: Path, kind: str, split: str) -> Iterator[Mapping[str, Any]]:

@@ -129,11 +129,11 @@ def _prepare(
     work: Workspace, what: Identity, documents: Documents, settings: PrepareSettings, engine: Engine
 ) -> Mapping[str, Any]:
     tokenizer = _tokenizer(work, documents, settings)
-    job = _Job(work, documents, settings)
     total = sum(documents.disk_bytes(name) for name in documents.files)
     with progress("prepare", total or None, "B") as meter:
-        for done in engine.run(job.pack_group, range(len(documents.groups))):
-            meter.advance(done)
+        job = _Job(work, documents, settings, meter)
+        for _ in engine.run(job.pack_group, range(len(documents.groups))):
+            pass
     ledgers = [pq.read_table(path) for path in sorted((work.path / _BLOCKS).glob("*.parquet"))]
     if not any(_counts(ledger)["documents"] for ledger in ledgers):
         raise _no_documents(documents, _sum_rejected(ledgers))
@@ -187,21 +187,22 @@ def _sample(documents: Documents, settings: PrepareSettings, meter: Meter) -> It
 class _Job:
     """What a worker needs to pack a group; the tokenizer is opened where the work is done."""
 
-    def __init__(self, work: Workspace, documents: Documents, settings: PrepareSettings) -> None:
-        self.work, self.documents, self.settings = work, documents, settings
+    def __init__(self, work: Workspace, documents: Documents, settings: PrepareSettings, meter: Meter) -> None:
+        self.work, self.documents, self.settings, self.meter = work, documents, settings, meter
 
-    def pack_group(self, group: int) -> int:
-        """Pack every block of a group that is not there yet; return the group's bytes on disk."""
+    def pack_group(self, group: int) -> None:
+        """Pack every block of a group that is not there yet."""
         tokenizer = tokenizers.load(self.work.path / TOKENIZER)
         ends = SentenceEnds(tokenizer) if self.settings.cut == "sentence" else None
-        for number, block in enumerate(_blocks(self.documents.read(group), self.settings.block_bytes)):
+        for number, block in enumerate(
+            _blocks(self.documents.read(group, self.meter.advance), self.settings.block_bytes)
+        ):
             name = f"{group:05d}-{number:05d}"
             if self.work.has(f"{_BLOCKS}/{name}.parquet"):
                 for _ in block:  # read on to where the next block begins
                     pass
             else:
                 self._pack_block(name, block, tokenizer, ends)
-        return sum(self.documents.disk_bytes(name) for name in self.documents.groups[group])
 
     def _pack_block(
         self, name: str, block: Iterator[Document | Rejected], tokenizer: Tokenizer, ends: SentenceEnds | None
