@@ -361,12 +361,13 @@ def test_other_families_train_in_bfloat16(family: str, corpus: Corpus, tmp_path:
     assert curve[-1]["train_loss"] < curve[0]["train_loss"]
 
 
-def test_bfloat16_and_float32_begin_with_the_same_loss(corpus: Corpus, tmp_path: Path) -> None:
+def test_bfloat16_and_float32_begin_with_the_same_loss_but_for_rounding(corpus: Corpus, tmp_path: Path) -> None:
     first = [
         read_curve(train(corpus, tmp_path / precision, settings(1, precision=precision)).path)[0]["train_loss"]
         for precision in ("float32", "bfloat16")
     ]
     assert first[0] == pytest.approx(first[1], abs=0.01)
+    assert first[0] != first[1], "both were float32"
 
 
 # Interruption
@@ -431,6 +432,20 @@ def test_a_checkpoint_that_was_not_finished_is_not_resumed_from(
     assert second.training_batches == 2 * (24 - 6)
     for name in SAME_BYTES:
         assert (out / name).read_bytes() == (undisturbed.path / name).read_bytes(), name
+
+
+def test_interrupted_training_with_dropout_ends_with_the_same_bytes(corpus: Corpus, tmp_path: Path) -> None:
+    """What is dropped after a resume is what would have been dropped."""
+    config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "resid_pdrop": 0.5, "eos_token_id": 0}
+    how = {"how": settings(8, config={**config, "bos_token_id": 0}, seed=3), "held_out": True, "checkpoints": 4}
+    torch.manual_seed(11)
+    whole = train(corpus, tmp_path / "whole", **how)
+    with pytest.raises(KeyboardInterrupt):
+        train(corpus, tmp_path / "model", **how, objective=StopTraining(5))
+    torch.manual_seed(12)
+    train(corpus, tmp_path / "model", **how)
+    for name in SAME_BYTES:
+        assert (tmp_path / "model" / name).read_bytes() == (whole.path / name).read_bytes(), name
 
 
 def test_training_goes_on_with_another_micro_batch_where_it_stopped(corpus: Corpus, tmp_path: Path) -> None:
