@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from miniplm.errors import RecipeError
@@ -358,7 +358,8 @@ def test_a_setting_that_the_sampler_does_not_have_is_refused() -> None:
         sampler_from(recipe.select["random"])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@example(ratio=0.5, seed=0, tokens=1, learning_rate=1e-4, name="a", text="12e4567", trainer={})
 @given(
     ratio=st.floats(min_value=0, max_value=1, exclude_min=True, allow_subnormal=False),
     seed=st.integers(0, 2**31),

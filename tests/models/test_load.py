@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -86,6 +87,14 @@ def test_a_pickle_beside_safetensors_is_left_alone(folder: Path) -> None:
     assert not marker.exists()
 
 
+def test_a_harmless_pickle_is_not_loaded_either_where_the_only_safetensors_are_of_something_else(folder: Path) -> None:
+    state = load_model(given(folder)).state_dict()
+    (folder / "model.safetensors").rename(folder / "adapter.safetensors")
+    torch.save(state, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_model(given(folder))
+
+
 @pytest.mark.parametrize("function", [load_model, model_fingerprint])
 @pytest.mark.parametrize("name", ["no/such/folder/at/all", "nobody-at-all/no-such-model", "not a name at all!"])
 def test_a_model_that_is_nowhere_is_a_model_error_that_names_it(name: str, function: object) -> None:
@@ -165,8 +174,6 @@ def test_one_byte_of_weights_or_config_changes_the_fingerprint(name: str, folder
 
 
 def test_the_fingerprint_of_a_file_changes_with_its_bytes_even_where_size_and_time_stay(folder: Path) -> None:
-    import os
-
     weights = folder / "model.safetensors"
     before, times = model_fingerprint(given(folder)), weights.stat()
     content = bytearray(weights.read_bytes())
