@@ -218,7 +218,7 @@ def test_killed_at_random_moments_the_built_in_documents_end_with_the_same_bytes
 
 @pytest.mark.parametrize(
     ("stage", "events"),
-    [("prepare", EVENTS), ("students/miniplm", EVENTS // 2), ("score/teacher", EVENTS), ("select/random", EVENTS)],
+    [("prepare", EVENTS), ("students/miniplm", EVENTS // 2), ("score/teacher", EVENTS // 2), ("select/random", EVENTS)],
 )
 def test_killed_before_a_change_to_the_file_system_a_stage_ends_with_the_same_bytes(
     stage: str, events: int, server: Server, undisturbed: Undisturbed, root: Path

@@ -362,12 +362,27 @@ def test_other_families_train_in_bfloat16(family: str, corpus: Corpus, tmp_path:
 
 
 def test_bfloat16_and_float32_begin_with_the_same_loss_but_for_rounding(corpus: Corpus, tmp_path: Path) -> None:
-    first = [
-        read_curve(train(corpus, tmp_path / precision, settings(1, precision=precision)).path)[0]["train_loss"]
-        for precision in ("float32", "bfloat16")
-    ]
-    assert first[0] == pytest.approx(first[1], abs=0.01)
-    assert first[0] != first[1], "both were float32"
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        curve = read_curve(train(corpus, tmp_path / precision, settings(1, precision=precision), held_out=True).path)
+        losses.append((curve[0]["train_loss"], curve[0]["held_out_loss"]))
+    assert losses[0] == pytest.approx(losses[1], abs=0.01)
+    assert losses[0] != losses[1], "both were float32"
+
+
+def test_bfloat16_training_takes_products_in_bfloat16_and_keeps_weights_in_float32(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    products = []
+
+    class Look:
+        def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            products.append(model.base_model.layers[0].mlp.up_proj(torch.zeros(1, 32)).dtype)
+            return NextToken().loss(model, batch)
+
+    made = train(corpus, tmp_path / "model", settings(2, precision="bfloat16"), objective=Look())
+    assert products == [torch.bfloat16] * 2
+    assert {p.dtype for p in AutoModelForCausalLM.from_pretrained(made.path).parameters()} == {torch.float32}
 
 
 # Interruption
@@ -437,7 +452,11 @@ def test_a_checkpoint_that_was_not_finished_is_not_resumed_from(
 def test_interrupted_training_with_dropout_ends_with_the_same_bytes(corpus: Corpus, tmp_path: Path) -> None:
     """What is dropped after a resume is what would have been dropped."""
     config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "resid_pdrop": 0.5, "eos_token_id": 0}
-    how = {"how": settings(8, config={**config, "bos_token_id": 0}, seed=3), "held_out": True, "checkpoints": 4}
+    how = {
+        "how": settings(8, config={**config, "bos_token_id": 0}, seed=3, precision="bfloat16"),
+        "held_out": True,
+        "checkpoints": 4,
+    }
     torch.manual_seed(11)
     whole = train(corpus, tmp_path / "whole", **how)
     with pytest.raises(KeyboardInterrupt):

@@ -47,7 +47,7 @@ class Difference:
     @property
     def verdict(self) -> str:
         """`better`, `worse`, or `within noise` (less than two standard errors)."""
-        if abs(self.value) < 2 * self.standard_error:
+        if self.n < 2 or abs(self.value) <= 2 * self.standard_error:
             return "within noise"
         return "better" if self.value < 0 else "worse"
 
@@ -65,6 +65,8 @@ def losses(scores: Scores, dataset: str = "held_out") -> list[Row]:
             ("nats_per_token", scores.n_tokens[inside].astype(np.float64)),
             ("bits_per_byte", scores.n_bytes[inside] * np.log(2)),
         ):
+            if amount.sum() == 0:  # a source of nothing but separators has no bytes to speak of
+                continue
             value, error = _ratio(nats, amount)
             rows.append(Row(dataset, source, metric, value, error, len(inside)))
     return rows
@@ -74,6 +76,8 @@ def compare(student: Scores, control: Scores) -> Difference:
     """Student minus control on the same held-out instances. Raises ValueError if they are not the same."""
     if student.packed != control.packed:
         raise ValueError("the two models were measured on different instances")
+    if not np.array_equal(student.n_tokens, control.n_tokens):
+        raise ValueError("the two models were measured on different targets (two rules for what counts)")
     gap = control.logp - student.logp
     value, error = _ratio(gap, student.n_tokens.astype(np.float64))
     return Difference(value, 0.0 if error is None else error, len(student))

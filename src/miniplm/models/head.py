@@ -19,11 +19,9 @@ from transformers import PreTrainedModel
 
 from miniplm.errors import ModelError
 
-_CHUNK_ELEMENTS = {
-    "cpu": 1 << 20,
-    "cuda": 1 << 28,
-}  # logits at once; measured on CPU (L2-sized is fastest), assumed on CUDA
+_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}  # logits at once; measured on CPU (L2-sized), assumed on CUDA
 _SMALLEST_CHUNK_ROWS = 256  # below, the gradient of the head is read and written too often
+_LOUD = 100.0  # to which the largest logit is raised for the check: a new model's are too small to show a soft cap
 _HEAD_TOLERANCE = 0.02  # of the largest logit; bfloat16 has 3 digits, a soft cap or a logit scale is far beyond it
 
 
@@ -60,11 +58,15 @@ def check_head(model: PreTrainedModel) -> None:
     ids = torch.arange(8, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
     was_training = model.training
     model.eval()
-    expected = model(input_ids=ids, use_cache=False).logits.float()
     weight, bias = head_of(model)
-    found = nn.functional.linear(hidden_states(model, ids), weight, bias).float()
-    model.train(was_training)
-    if (difference := (found - expected).abs().max()) > _HEAD_TOLERANCE * expected.abs().max().clamp(min=1.0):
+    found = _loud(nn.functional.linear(hidden_states(model, ids).to(weight.dtype), weight, bias)).float()
+    hook = model.get_output_embeddings().register_forward_hook(lambda head, given, logits: _loud(logits))
+    try:
+        expected = model(input_ids=ids, use_cache=False).logits.float()
+    finally:
+        hook.remove()
+        model.train(was_training)
+    if (difference := (found - expected).abs().max()) > _HEAD_TOLERANCE * _LOUD:
         raise ModelError(
             f"{type(model).__name__} does more to its logits than a linear head.",
             facts={
@@ -73,6 +75,10 @@ def check_head(model: PreTrainedModel) -> None:
             },
             remedy="Such models (soft-capped or scaled logits) cannot be used yet.",
         )
+
+
+def _loud(logits: Tensor) -> Tensor:
+    return logits * (_LOUD / logits.abs().max().clamp(min=1e-6))
 
 
 @torch.no_grad()
@@ -87,7 +93,7 @@ def token_logp(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Ten
     for begin in range(0, len(targets), rows):
         chunk = slice(begin, begin + rows)
         if weight.is_cuda and weight.dtype != torch.float32:
-            logits = torch.mm(hidden[chunk], weight.T, out_dtype=torch.float32)
+            logits = torch.mm(hidden[chunk].to(weight.dtype), weight.T, out_dtype=torch.float32)
         else:
             logits = hidden[chunk].to(wide.dtype) @ wide.T
         if bias is not None:

@@ -38,7 +38,9 @@ def new_model(config: Mapping[str, Any], seed: int) -> PreTrainedModel:
     model_type = settings.pop("model_type")
     torch.manual_seed(seed)
     try:
-        made: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(model_type, **settings), dtype=torch.float32
+        )
     except (ValueError, TypeError, KeyError) as error:
         raise RecipeError(
             f"transformers cannot make a model of this config (model_type {model_type!r}).",

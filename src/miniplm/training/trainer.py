@@ -190,6 +190,11 @@ def _train(
         trainer = _Trainer(model, arguments, data, plan, settings.seed, objective, meter)
         resume = _last_checkpoint(work.path / _STATE)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if not all(torch.isfinite(weight).all() for weight in model.parameters()):
+        raise TrainingError(
+            f"the weights are no numbers after the last of {plan.steps:,} steps.",
+            remedy="Lower the learning rate, or train in float32 (`precision: float32`).",
+        )
     tokens = plan.steps * plan.batch_tokens
     curve = _curve(trainer.state.log_history, plan)
     counts = {
@@ -247,7 +252,8 @@ class _Trainer(Trainer):
         self, model: PreTrainedModel, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """The objective's loss."""
-        loss, _ = self.objective.loss(model, inputs)
+        with self.accelerator.autocast():  # the Trainer wraps model.forward only, which we do not call
+            loss, _ = self.objective.loss(model, inputs)
         return loss
 
     def prediction_step(
@@ -285,6 +291,9 @@ class _Progress(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.meter.advance(self.batch_tokens)
+        if state.global_step == args.max_steps:  # the curve ends where the training ends
+            control.should_log = True
+            control.should_evaluate = args.eval_strategy != "no"
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
