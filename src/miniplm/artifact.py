@@ -127,7 +127,7 @@ class Workspace:
         temporary = final.with_name(final.name + _TEMPORARY)
         with storage(final):
             yield temporary
-            _fsync_tree(temporary)
+            fsync_tree(temporary)
             temporary.rename(final)
             _fsync(final.parent)
 
@@ -179,7 +179,7 @@ def make(path: Path | str, identity: Identity, work: Callable[[Workspace], Mappi
                 counts = work(workspace)
                 seconds = round(time.monotonic() - begun, 3)
                 how = {"seconds": seconds, "resumed": resumed, **workspace.provenance, **_versions()}
-                (partial / PROVENANCE).write_bytes(pretty_json(how))
+                workspace.write_json(PROVENANCE, how)
                 workspace.write_json(MANIFEST, _manifest(partial, identity, counts))
             for ours in (_IDENTITY, _LOCK):
                 (partial / ours).unlink(missing_ok=True)
@@ -262,8 +262,17 @@ def provenance(path: Path | str) -> dict[str, Any]:
 def find(root: Path | str) -> list[Path]:
     """Every finished artifact at and below `root`, in order of path."""
     root = Path(root)
-    folders = (manifest.parent for manifest in root.rglob(MANIFEST))
+    folders = (manifest.parent for manifest in root.rglob(MANIFEST) if _is_ours(manifest))
     return sorted(f for f in folders if not any(part.endswith(".partial") for part in f.relative_to(root).parts))
+
+
+def _is_ours(manifest: Path) -> bool:
+    """Whether a `manifest.json` is one of ours: web applications have such files too. One that is no JSON may be."""
+    try:
+        raw = json.loads(manifest.read_bytes())
+    except ValueError:
+        return True
+    return isinstance(raw, dict) and {"fingerprint", "kind"} <= raw.keys()
 
 
 def verify(path: Path | str) -> Iterator[str]:
@@ -290,6 +299,26 @@ def file_sha256(path: Path) -> str:
     """sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remembered_sha256(path: Path) -> str:
+    """`file_sha256`, from the cache of earlier runs if the file has not been touched since.
+
+    Hashing 100 GB takes minutes; a second run of a finished recipe must not. The cache is in `$XDG_CACHE_HOME/miniplm`.
+    """
+    stat = path.stat()
+    known_by = [str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "miniplm" / "sha256"
+    entry = cache / hashlib.sha256(_canonical(known_by)).hexdigest()
+    if entry.is_file() and len(known := entry.read_text()) == 64:
+        return known
+    found = file_sha256(path)
+    with contextlib.suppress(OSError):  # a cache that cannot be written (a read-only home) costs time, nothing else
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = entry.with_name(f"{entry.name}.{os.getpid()}")
+        temporary.write_text(found)
+        temporary.rename(entry)
+    return found
 
 
 def pretty_json(value: object) -> bytes:
@@ -354,14 +383,18 @@ def _listed(folder: Path) -> list[str]:
 
 def _claim(partial: Path, identity: Identity, path: Path) -> bool:
     """Make sure that the work in `partial` is ours; say whether some had been done."""
-    for leftover in sorted(partial.rglob("*" + _TEMPORARY), reverse=True):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
     marker = partial / _IDENTITY
     if not marker.exists() and (partial / MANIFEST).exists():  # killed between the last write and the last rename
         marker = partial / MANIFEST
     if not marker.exists():
-        _empty(partial)  # killed before the first write, or never ours: parts of unknown origin are not kept
         temporary = marker.with_name(_IDENTITY + _TEMPORARY)
+        strangers = sorted({entry.name for entry in partial.iterdir()} - {_LOCK, temporary.name})
+        if strangers:  # nothing of ours comes before the marker
+            raise ArtifactMismatchError(
+                f"{partial} is there, but it is no unfinished work of miniplm.",
+                facts={"found": ", ".join(strangers[:5])},
+                remedy=f"Move it away, or choose another output folder than {path}.",
+            )
         temporary.write_bytes(pretty_json(identity.as_dict()))
         _fsync(temporary)
         temporary.rename(marker)
@@ -375,6 +408,8 @@ def _claim(partial: Path, identity: Identity, path: Path) -> bool:
             facts=_differences(begun, identity),
             remedy=f"Finish it with its own settings, remove {partial}, or choose another output folder than {path}.",
         )
+    for leftover in sorted(partial.rglob("*" + _TEMPORARY), reverse=True):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
     return any(entry.name not in {_IDENTITY, _LOCK} for entry in partial.iterdir())
 
 
@@ -389,12 +424,6 @@ def _lock(partial: Path) -> Iterator[None]:
                 f"another process is at work in {partial}.", remedy="Wait for it, or stop it and try again."
             ) from error
         yield
-
-
-def _empty(partial: Path) -> None:
-    for entry in partial.iterdir():
-        if entry.name != _LOCK:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def _differences(found: Identity, asked: Identity) -> dict[str, str]:
@@ -431,7 +460,8 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _fsync_tree(path: Path) -> None:
+def fsync_tree(path: Path) -> None:
+    """Make a file, or a folder and all that is in it, durable."""
     for inner in path.rglob("*") if path.is_dir() else ():
         _fsync(inner)
     _fsync(path)

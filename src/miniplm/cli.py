@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from miniplm.errors import MiniplmError, MissingExtraError, RecipeError
+from miniplm.progress import printable
 
 if TYPE_CHECKING:
     from miniplm.pipeline.chain import Chain
@@ -50,8 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(list(arguments) if arguments is not None else None)
     except MiniplmError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(1)
+        _complain(error)
+    except OSError as error:  # an output folder that may not be written, a file that vanished
+        _complain(error)
     except ModuleNotFoundError as error:
         extra = {
             "torch": "train",
@@ -62,11 +64,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         if error.name not in extra:
             raise
-        print(f"error: {MissingExtraError(extra[error.name], error.name)}", file=sys.stderr)  # noqa: T201
-        sys.exit(1)
+        _complain(MissingExtraError(extra[error.name], error.name))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped.", file=sys.stderr)  # noqa: T201
         sys.exit(130)
+
+
+def _complain(error: Exception) -> None:
+    lines = (printable(line, 400) for line in f"error: {error}".splitlines())
+    print(*lines, sep="\n", file=sys.stderr)  # noqa: T201
+    sys.exit(1)
 
 
 @app.command()
@@ -90,11 +97,15 @@ def run(
     only: Annotated[str | None, typer.Option(help="One stage (score/teacher) or group of stages (score).")] = None,
 ) -> None:
     """Make what is missing of a recipe, then the report. Interrupt and repeat at will."""
+    from miniplm import artifact
     from miniplm.pipeline.run import run as run_chain
     from miniplm.report.write import summary, write_report
 
     stages = _chain(recipe, out, set_)
-    run_chain(stages, only, typer.echo)
+    made = run_chain(stages, only, typer.echo)
+    for stage in made:
+        if stage.name == "prepare":
+            typer.echo("\n".join(["", *_corpus_table(artifact.read(stage.path).counts), ""]))
     if only is None:
         page = write_report(stages)
         typer.echo(summary(stages))
@@ -120,6 +131,8 @@ def prepare(
     from miniplm.pipeline.library import prepare as prepare_corpus
 
     shares = _pairs(split, "--split")
+    if bad := [share for share in shares.values() if not _is_number(share)]:
+        raise RecipeError(f"--split {split!r}: {bad[0]!r} is no number.")
     size = tokenizer.removeprefix("train:")
     corpus = prepare_corpus(
         "builtin" if files == ["builtin"] else files,
@@ -206,6 +219,8 @@ def train(
     from miniplm.sampling.base import open_selection
 
     settings: dict[str, Any] = dict(pair for text in set_ or [] for pair in _pairs(text, "--set").items())
+    if reserved := sorted(settings.keys() & {"model", "data", "tokens", "out", "held_out", "counted", "compute"}):
+        raise RecipeError(f"--set {reserved[0]}=... has an option of its own: --{reserved[0].replace('_', '-')}")
     packed = open_packed(data)
     if rows is not None:
         selection = open_selection(rows)
@@ -216,7 +231,7 @@ def train(
         tokens=tokens,
         out=out,
         held_out=None if held_out is None else open_packed(held_out),
-        counted=counted,  # type: ignore[arg-type]  # checked by the settings
+        counted=counted,  # type: ignore[arg-type]  # a str here; the function checks it
         compute=_compute(device=device, train_micro_batch=micro_batch),
         **settings,
     )
@@ -297,6 +312,14 @@ def _compute(**settings: Any) -> Compute:
     except ValidationError as error:
         first = error.errors()[0]
         raise RecipeError(f"--{first['loc'][0]} {first['input']!r} cannot be used: {first['msg']}") from error
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _pairs(text: str, option: str) -> dict[str, str]:

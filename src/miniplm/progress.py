@@ -1,6 +1,6 @@
 """Progress of long work: a bar with rate and time left in a terminal, a plain line now and then elsewhere.
 
-Everything goes to standard error, so that standard output stays for results. `MINIPLM_PROGRESS=off` silences it.
+`printable` makes text from a corpus safe to print. Progress goes to standard error, so that standard output stays for results. `MINIPLM_PROGRESS=off` silences it.
 """
 
 from __future__ import annotations
@@ -41,6 +41,12 @@ def progress(label: str, total: int | None, unit: str) -> Iterator[Meter]:
         plain = _Plain(label, total, unit)
         yield plain
         plain.close()
+
+
+def printable(text: str, longest: int = 240) -> str:
+    """Text on one line, cut to `longest` characters, with everything that could steer a terminal written out."""
+    shown = "".join(c if c.isprintable() else {"\n": "⏎", "\t": " "}.get(c, f"\\u{ord(c):04x}") for c in text[:longest])
+    return shown + ("…" if len(text) > longest else "")
 
 
 class _Silent:

@@ -20,9 +20,11 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    SerializerFunctionWrapHandler,
     Tag,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -164,7 +166,7 @@ class TrainSettings(Settings):
     epsilon: float = Field(1e-6, gt=0)
     clip: float = Field(1.0, gt=0)
     precision: Precision = "bfloat16"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**32 - 1)
     trainer: dict[str, Any] = Field({}, description="passed to transformers.TrainingArguments as it is")
 
     @model_validator(mode="after")
@@ -197,6 +199,12 @@ class SamplerSettings(Settings):
     normalize: Literal["token", "sum", "byte"] = "token"
     within: Literal["source"] | None = None
     seed: int = Field(0, ge=0)
+
+    @model_serializer(mode="wrap")
+    def _only_what_was_given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Defaults are left out, because not every sampler has every setting; each writes its own into its manifest."""
+        given = self.model_fields_set | {"ratio"} | (self.model_extra or {}).keys()
+        return {name: value for name, value in serialize(self).items() if name in given}
 
     @model_validator(mode="after")
     def _extra_only_for_own_classes(self) -> Self:
@@ -259,6 +267,10 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _names_exist(self) -> Self:
+        for role in {"teacher", "reference"} & self.students.keys():
+            raise _At(("students", role), "a student cannot have the name of a role; call it something else")
+        if "pool" in self.select:
+            raise _At(("select", "pool"), "`pool` stands for all of the pool; call the selection something else")
         for name, student in self.students.items():
             if student.data not in (valid := ["pool", *self.select]):
                 raise _At(("students", name, "data"), _did_you_mean(student.data, valid))
@@ -359,7 +371,7 @@ def _apply(raw: dict[str, Any], override: str) -> tuple[str, ...]:
         inner = target.setdefault(step, {})
         if not isinstance(inner, dict):
             raise RecipeError(f"--set {override!r}: `{step}` is {inner!r}, which has no keys of its own.")
-        target = inner
+        target[step] = target = dict(inner)  # a copy: with YAML aliases it may stand elsewhere too
     target[path[-1]] = parsed
     return path
 

@@ -26,7 +26,7 @@ import fsspec.compression
 import fsspec.utils
 import pyarrow.parquet as pq
 
-from miniplm.artifact import file_sha256
+from miniplm.artifact import remembered_sha256
 from miniplm.errors import CorpusError
 from miniplm.recipe import Columns, CorpusSettings
 
@@ -401,28 +401,7 @@ def _content_hash(path: Path) -> str:
     if path.is_dir():
         inner = sorted(p for p in path.rglob("*") if p.is_file())
         return _digest([(p.relative_to(path).as_posix(), _content_hash(p)) for p in inner])
-    stat = path.stat()
-    return _remembered_hash(str(path), stat.st_size, stat.st_mtime_ns)
-
-
-def _remembered_hash(path: str, size: int, mtime_ns: int) -> str:
-    """The file's sha256, from the cache of earlier runs if size and time are as they were then.
-
-    Hashing 100 GB takes minutes; a second run of a finished recipe must not.
-    """
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "miniplm" / "sha256"
-    entry = cache / hashlib.sha256(json.dumps([path, size, mtime_ns]).encode()).hexdigest()
-    if entry.is_file() and len(known := entry.read_text()) == 64:
-        return known
-    found = file_sha256(Path(path))
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        temporary = entry.with_name(f"{entry.name}.{os.getpid()}")
-        temporary.write_text(found)
-        temporary.rename(entry)
-    except OSError:  # a cache that cannot be written (a read-only home) costs time, nothing else
-        return found
-    return found
+    return remembered_sha256(path)
 
 
 def _digest(value: object) -> str:

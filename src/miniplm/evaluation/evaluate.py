@@ -18,6 +18,7 @@ from miniplm.artifact import Identity, Workspace
 from miniplm.engine.local import LocalEngine
 from miniplm.evaluation.loss import ALL, Row, losses
 from miniplm.packing.instances import Packed
+from miniplm.progress import printable
 from miniplm.recipe import Compute, ScoreSettings
 from miniplm.scoring.base import Scores, open_scores, read_parts
 from miniplm.scoring.score import ScorerFactory, score_shards
@@ -41,7 +42,7 @@ class Evaluation:
 
     def __str__(self) -> str:
         return "\n".join(
-            f"{row.dataset:<10} {row.source:<24} {row.metric:<15} {row.value:8.4f} ± {row.standard_error or 0:.4f}"
+            f"{row.dataset:<10} {printable(row.source, 24):<24} {row.metric:<15} {row.value:8.4f} ± {row.standard_error or 0:.4f}"
             f"  n={row.n:,}"
             for row in self.rows
         )
@@ -63,7 +64,7 @@ def evaluate(
         evaluation = _evaluation(read_parts(workspace.path, held_out.fingerprint))
         workspace.write_json("evaluation.json", [row.as_dict() for row in evaluation.rows])
         with workspace.part("evaluation.csv") as path:
-            path.write_text(as_csv({what.inputs["model"][:12]: evaluation}))
+            path.write_bytes(as_csv({what.inputs["model"][:12]: evaluation}).encode())
         return counts
 
     artifact.make(out, what, work)

@@ -1,14 +1,16 @@
 """Floating-point operations of a model, counted from its layers.
 
-A forward pass costs 2 operations for each weight of each linear layer and token (the head included, the embedding
-look-up not), and 2·T·D in each attention layer for the scores and the mixing of values under a causal mask (half of
-4·T·D). A training step costs three forward passes (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
+A forward pass costs 2 operations for each weight of each linear layer and token (the head included, the embedding look-up
+not), and 2·T·(heads × head width) in each attention layer for the scores and the mixing of values under a causal mask,
+which is half of the full square. A training step costs three forward passes (Kaplan et al. 2020, arXiv 2001.08361,
+section 2.1).
 """
 
 from __future__ import annotations
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
 TRAINING_PASSES = 3
 
@@ -16,11 +18,12 @@ TRAINING_PASSES = 3
 def forward_flops(model: PreTrainedModel, sequence_length: int) -> float:
     """Operations of a forward pass per predicted token, at this sequence length."""
     head = model.get_output_embeddings()
-    linear = {id(m): m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)}
+    linear = {id(m): m.weight.numel() for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))}
     linear.setdefault(id(head), head.weight.numel() if isinstance(head, nn.Linear) else 0)
     config = model.config.get_text_config()
-    attention_layers = config.num_hidden_layers if getattr(config, "num_attention_heads", None) else 0
-    return float(2 * sum(linear.values()) + 2 * sequence_length * config.hidden_size * attention_layers)
+    heads = getattr(config, "num_attention_heads", None) or 0
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1))
+    return float(2 * sum(linear.values()) + 2 * sequence_length * width * config.num_hidden_layers)
 
 
 def training_flops(model: PreTrainedModel, sequence_length: int, tokens: int) -> float:

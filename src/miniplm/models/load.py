@@ -67,7 +67,7 @@ def load_model(given: GivenModel, dtype: Precision = "float32", device: str = "c
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             str(folder) if folder.is_dir() else given.model,
-            revision=given.revision,
+            revision=None if folder.is_dir() else hub_commit(given),
             dtype=getattr(torch, dtype),
             use_safetensors=True,
             trust_remote_code=given.trust_remote_code,
@@ -94,7 +94,8 @@ def model_fingerprint(given: GivenModel) -> str:
         return artifact.read(folder, kind="model").fingerprint
     if folder.is_dir():
         _refuse_pickles(folder)
-        files = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json")
+        code = {".py"} if given.trust_remote_code else set()
+        files = sorted(p for p in folder.iterdir() if p.suffix in {".safetensors"} | code or p.name == "config.json")
         if not any(p.suffix == ".safetensors" for p in files):
             raise ModelError(
                 f"the folder {folder} has no weights.",
@@ -103,7 +104,7 @@ def model_fingerprint(given: GivenModel) -> str:
                     "found": ", ".join(sorted(_names(folder))) or "nothing",
                 },
             )
-        listing = [(p.name, artifact.file_sha256(p)) for p in files]
+        listing = [(p.name, artifact.remembered_sha256(p)) for p in files]
         return hashlib.sha256(json.dumps(["folder", listing]).encode()).hexdigest()
     return hashlib.sha256(json.dumps(["hub", given.model, hub_commit(given)]).encode()).hexdigest()
 
@@ -133,9 +134,16 @@ def hub_commit(given: GivenModel) -> str:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device that `compute.device` stands for: `auto` is CUDA where there is one, else the CPU."""
+    """The device that `compute.device` stands for: `auto` is CUDA where there is one, else the CPU.
+
+    Raises:
+        ModelError: there is no such device.
+
+    """
     import torch
 
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"compute.device is {wanted!r}, but torch finds no CUDA device.", remedy="Use `device: cpu`.")
     if wanted != "auto":
         return torch.device(wanted)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -148,6 +156,31 @@ def check_vocabulary(tokenizer_vocab_size: int, model_vocab_size: int, model: st
             "the tokenizer's vocabulary exceeds the model's.",
             facts={"tokenizer": f"{tokenizer_vocab_size:,} tokens", model: f"{model_vocab_size:,} embeddings"},
             remedy="Use the model's own tokenizer, or a model with at least as many embeddings.",
+        )
+
+
+def own_vocabulary(given: GivenModel) -> dict[str, int] | None:
+    """Token -> id of the tokenizer that lies beside a model; None if there is none that can be read."""
+    from miniplm.errors import TokenizerError
+    from miniplm.packing import tokenizer as tokenizers
+
+    folder = Path(given.model).expanduser()
+    try:
+        if folder.is_dir():
+            return tokenizers.load(folder).vocabulary if (folder / "tokenizer.json").is_file() else None
+        return tokenizers.load(given.model, hub_commit(given)).vocabulary
+    except TokenizerError:  # no fast tokenizer beside the weights: there is nothing to compare
+        return None
+
+
+def check_length(config: Mapping[str, Any], sequence_length: int) -> None:
+    """Raise ModelError if a model has learned positions for fewer tokens than an instance has."""
+    positions = config.get("n_positions") or config.get("max_position_embeddings")
+    if positions is not None and sequence_length > positions:
+        raise ModelError(
+            "the instances are longer than the model's positions.",
+            facts={"sequence_length": f"{sequence_length:,}", "positions": f"{positions:,}"},
+            remedy="Use a model for longer texts, or prepare the corpus with a shorter sequence_length.",
         )
 
 

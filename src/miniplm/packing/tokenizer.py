@@ -44,7 +44,12 @@ class Tokenizer:
     @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id that can come out."""
-        return int(max(self.backend.get_vocab(with_added_tokens=True).values())) + 1
+        return max(self.vocabulary.values()) + 1
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """Token, as the vocabulary spells it -> id."""
+        return dict(self.backend.get_vocab(with_added_tokens=True))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -133,8 +138,16 @@ def load(name: Path | str, revision: str | None = None, separator: str | None = 
         backend = tokenizers.Tokenizer.from_file(str(files["tokenizer.json"]))
     except Exception as error:  # the Rust side raises bare Exception
         raise TokenizerError(f"{files['tokenizer.json']} is no tokenizer.", facts={"because": error}) from error
-    config = json.loads(files["tokenizer_config.json"].read_bytes()) if "tokenizer_config.json" in files else {}
-    return _finish(backend, _separator_id(backend, separator, config, str(name)))
+    try:
+        config = json.loads(files["tokenizer_config.json"].read_bytes()) if "tokenizer_config.json" in files else {}
+    except ValueError as error:
+        raise TokenizerError(f"{files['tokenizer_config.json']} is not JSON.", facts={"because": error}) from error
+    loaded = _finish(backend, _separator_id(backend, separator, config, str(name)))
+    if loaded.separator in loaded.encode([f"x{loaded.token(loaded.separator)}x"])[0]:
+        # an added token that is not marked special: make it one, or text that spells it would become it
+        backend.add_special_tokens([loaded.token(loaded.separator)])
+        loaded = _finish(backend, loaded.separator)
+    return loaded
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -95,7 +95,8 @@ def prepare(
         if source == "builtin":
             drawn = CorpusSettings(source="builtin")
             folder = out.with_name(out.name + "-documents")
-            builtin_corpus.snapshot(folder, drawn.budget_bytes, drawn.seed)
+            if not folder.exists():  # what was drawn before holds, whatever has been installed since
+                builtin_corpus.snapshot(folder, drawn.budget_bytes, drawn.seed)
             source = CorpusSettings(files=str(folder / "documents.parquet"))
         elif isinstance(source, (str, os.PathLike, list)):
             files = source if isinstance(source, list) else os.fspath(source)
@@ -140,6 +141,7 @@ def train(
     try:
         which = {"preset": model} if isinstance(model, str) else {"config": dict(model)}
         resolved = TrainSettings.model_validate({**which, "tokens": tokens, **settings})
+        counted = ScoreSettings(counted=counted).counted
     except ValidationError as error:
         raise _refused(error) from error
     packed = data if isinstance(data, Packed) else _packed_behind(data)
@@ -179,7 +181,7 @@ def score(
         ModelError, ScoreError, ArtifactError, StorageError: see `miniplm.errors`.
 
     """
-    settings = ScoreSettings(dtype=dtype, counted=counted)
+    settings = _score_settings(dtype, counted)
     fingerprint, make_scorer = _scorer(model, dtype, compute or Compute())
     what = scoring.identity(packed.fingerprint, fingerprint, settings)
     return scoring.score(packed, make_scorer, Path(out), what, compute)
@@ -243,10 +245,17 @@ def evaluate(
 
     Arguments and errors are those of `score`. Printing the result shows the table.
     """
-    settings = ScoreSettings(dtype=dtype, counted=counted)
+    settings = _score_settings(dtype, counted)
     fingerprint, make_scorer = _scorer(model, dtype, compute or Compute())
     what = evaluating.identity(held_out.fingerprint, fingerprint, settings)
     return evaluating.evaluate(held_out, make_scorer, Path(out), what, compute)
+
+
+def _score_settings(dtype: Precision, counted: Counted) -> ScoreSettings:
+    try:
+        return ScoreSettings(dtype=dtype, counted=counted)
+    except ValidationError as error:
+        raise _refused(error) from error
 
 
 def _scorer(model: AnyModel, dtype: Precision, compute: Compute) -> tuple[str, scoring.ScorerFactory]:
@@ -274,8 +283,13 @@ def _packed_behind(rows: datasets.Dataset) -> Packed | None:
 
 
 def _rows_fingerprint(rows: datasets.Dataset, packed: Packed | None) -> str:
-    """What a Dataset is: the packed part and the row numbers, or the fingerprint that `datasets` gives it."""
-    if packed is None or rows._indices is None:
+    """What a Dataset is: the packed part and the row numbers, or the fingerprint that `datasets` gives it.
+
+    Row numbers mean what they say only while the table under them is that of the whole part: slicing and mapping make another.
+    """
+    whole = packed is not None and rows._data.num_rows == len(packed) and rows.features == packed.dataset.features
+    whole = whole and {Path(file["filename"]) for file in rows.cache_files} == set(packed.shards if packed else ())
+    if packed is None or rows._indices is None or not whole:
         return str(rows._fingerprint)
     numbers = rows._indices.column(0).to_numpy().astype(np.int64)
     return hashlib.sha256(packed.fingerprint.encode() + numbers.tobytes()).hexdigest()

@@ -113,6 +113,7 @@ def _losses(evaluation: Evaluation | None) -> dict[str, Any]:
     if evaluation is None:
         return {"loss": None, "loss_se": None, "bits_per_byte": None, "bits_per_byte_se": None, "by_source": []}
     loss, bits = evaluation.value("nats_per_token"), evaluation.value("bits_per_byte")
+    bits_of = {row.source: row.value for row in evaluation.rows if row.metric == "bits_per_byte"}
     by_source = []
     for row in evaluation.rows:
         if row.metric == "nats_per_token" and row.source != ALL:
@@ -121,7 +122,7 @@ def _losses(evaluation: Evaluation | None) -> dict[str, Any]:
                     "source": row.source,
                     "loss": row.value,
                     "loss_se": row.standard_error,
-                    "bits_per_byte": evaluation.value("bits_per_byte", row.source).value,
+                    "bits_per_byte": bits_of.get(row.source),
                     "instances": row.n,
                 }
             )
@@ -158,16 +159,21 @@ def _comparisons(
                 "se": gap.standard_error,
                 "instances": gap.n,
                 "verdict": gap.verdict,
-                "same_loss": _same_loss(student, baseline),
+                "same_loss": _same_loss(student, baseline, gap.verdict),
             }
         )
     return found
 
 
-def _same_loss(student: Mapping[str, Any], control: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Who needs how many tokens for the same held-out loss: the better one's curve is read at the other's last loss."""
+def _same_loss(student: Mapping[str, Any], control: Mapping[str, Any], verdict: str) -> dict[str, Any] | None:
+    """Who needs how many tokens for the same held-out loss: the better one's curve is read at the other's last loss.
+
+    The curves are measured on fewer instances than the verdict; None where they do not agree with it.
+    """
     finals = [c["held_out_loss"] for c in (student["curve"][-1], control["curve"][-1])]
     if None in finals or student["tokens"] != control["tokens"]:
+        return None
+    if verdict != ("better" if finals[0] <= finals[1] else "worse"):
         return None
     total = float(control["tokens"])
     if finals[0] <= finals[1]:
@@ -201,13 +207,13 @@ def _score_histogram(teacher: Scores, reference: Scores) -> dict[str, Any]:
 
 def _selection(stages: Chain, name: str, stage: Stage) -> dict[str, Any]:
     counts = artifact.read(stage.path).counts
-    settings = stages.recipe.select[name]
+    settings = stage.identity.recipe
     return {
         "name": name,
-        "sampler": settings.sampler,
-        "ratio": settings.ratio,
-        "normalize": settings.normalize,
-        "within": settings.within,
+        "sampler": settings["sampler"],
+        "ratio": settings.get("ratio"),
+        "normalize": settings.get("normalize"),
+        "within": settings.get("within"),
         "selected": counts["selected"],
         "of": counts["of"],
         "threshold": counts["threshold"],
@@ -259,13 +265,14 @@ def _effects(pool: Packed, teacher: Scores, reference: Scores, kept: NDArray[np.
 
 
 def _spread(order: NDArray[np.int64], scores: Scores) -> list[int]:
-    """The first rows of an order that are of different sources."""
+    """The first rows of an order that are of different sources, then of any, up to `EXAMPLES`."""
     chosen: dict[int, int] = {}
     for row in order[:2000]:
         chosen.setdefault(int(scores.source[row]), int(row))
         if len(chosen) == EXAMPLES:
             break
-    return list(chosen.values())
+    first = list(chosen.values())
+    return (first + [int(row) for row in order[:EXAMPLES] if int(row) not in first])[:EXAMPLES]
 
 
 def _example(pool: Packed, teacher: Scores, reference: Scores, row: int) -> dict[str, Any]:

@@ -17,12 +17,12 @@ from miniplm import artifact
 from miniplm.artifact import Manifest
 from miniplm.errors import ArtifactMismatchError
 from miniplm.packing.instances import Packed, open_packed
+from miniplm.progress import printable
 from miniplm.scoring.base import Scores, open_scores
 
 _BAR_WIDTH = 50
 _BINS = 20
 _EXAMPLES = 3
-_TEXT_CHARACTERS = 240
 _LONGEST_LIST = 12
 
 
@@ -59,12 +59,6 @@ def show(path: Path, packed: Path | None = None) -> Iterator[str]:
         yield "the first instances"
         for row in range(min(_EXAMPLES, len(instances))):
             yield f"  {row:>8,}  {printable(instances.text(row))}"
-
-
-def printable(text: str, longest: int = _TEXT_CHARACTERS) -> str:
-    """Text on one line, cut to `longest` characters, with everything that could steer a terminal written out."""
-    shown = "".join(c if c.isprintable() else {"\n": "⏎", "\t": " "}.get(c, f"\\u{ord(c):04x}") for c in text[:longest])
-    return shown + ("…" if len(text) > longest else "")
 
 
 def _scores(scores: Scores, packed: Packed | None) -> Iterator[str]:

@@ -50,7 +50,8 @@ def _line(student: Mapping[str, Any], gap: Mapping[str, Any] | None, control: st
     name = f"{student['name']:<{width}}  {student['data']:<16} {student['tokens']:>12,}"
     if student["loss"] is None:
         return f"{name}  not measured"
-    figures = f"{student['loss']:>7.4f} ± {student['loss_se']:.4f}  {student['bits_per_byte']:>13.4f}"
+    error = "–" if student["loss_se"] is None else f"{student['loss_se']:.4f}"
+    figures = f"{student['loss']:>7.4f} ± {error:<6}  {student['bits_per_byte']:>13.4f}"
     against = "(the control)" if student["name"] == control else ""
     if gap is not None:
         against = f"{gap['difference']:+.4f} ± {gap['se']:.4f}  {gap['verdict']}"

@@ -31,9 +31,16 @@ def sampler_from(settings: SamplerSettings) -> Sampler:
 
     """
     made: Sampler
-    given = settings.model_dump(include=settings.model_fields_set - {"sampler"}) | (settings.model_extra or {})
+    given = {name: getattr(settings, name) for name in settings.model_fields_set - {"sampler"}}
     if ":" in settings.sampler:
-        made = _import(settings.sampler)(**given)
+        try:
+            made = _import(settings.sampler)(**given)
+        except TypeError as error:
+            raise RecipeError(
+                f"the sampler {settings.sampler!r} refuses its settings.", facts={"because": error}
+            ) from error
+        if not getattr(made, "needs", {""}) <= {"teacher", "reference", "pool"}:
+            raise RecipeError(f"{settings.sampler!r} does not say what it `needs`: of teacher, reference and pool.")
         return made
     if (kind := SAMPLERS.get(settings.sampler)) is None:
         close = difflib.get_close_matches(settings.sampler, list(SAMPLERS), n=1)

@@ -7,6 +7,7 @@ so the logits are never held whole (`models/head.py`). Attention runs across doc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 
 from miniplm.models.flops import forward_flops
 from miniplm.models.head import check_head, head_of, hidden_states, token_logp
-from miniplm.models.load import choose_device, load_model
+from miniplm.models.load import choose_device, load_model, own_vocabulary
 from miniplm.recipe import Compute, GivenModel, Precision
 
 
@@ -25,14 +26,21 @@ class HuggingFaceScorer:
 
     Args:
         model: in evaluation mode, on its device. Raises ModelError if its head is not linear.
+        vocabulary: token -> id of the model's own tokenizer, where it is known; compared with that of the instances.
 
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, vocabulary: Mapping[str, int] | None = None) -> None:
         check_head(model)
         self.model = model
+        self.vocabulary = vocabulary
         weight, self.bias = head_of(model)
         self.weight = weight if weight.is_cuda else weight.float()  # once, not for every batch
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's config."""
+        return dict(self.model.config.to_dict())
 
     @property
     def vocab_size(self) -> int:
@@ -57,4 +65,4 @@ class HuggingFaceScorer:
 def load_scorer(given: GivenModel, dtype: Precision, compute: Compute) -> HuggingFaceScorer:
     """Load a model and make a scorer of it. Raises ModelError if it cannot be loaded or used."""
     device = choose_device(compute.device)
-    return HuggingFaceScorer(load_model(given, dtype, str(device)))
+    return HuggingFaceScorer(load_model(given, dtype, str(device)), own_vocabulary(given))

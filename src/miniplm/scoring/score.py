@@ -22,8 +22,8 @@ from miniplm import artifact
 from miniplm.artifact import Identity, Workspace
 from miniplm.engine.base import Engine
 from miniplm.engine.local import LocalEngine
-from miniplm.errors import ScoreError
-from miniplm.models.load import check_vocabulary
+from miniplm.errors import ScoreError, TokenizerError
+from miniplm.models.load import check_length, check_vocabulary
 from miniplm.packing.instances import Instances, Packed, counted, read_shard
 from miniplm.progress import progress
 from miniplm.recipe import Compute, Counted, ScoreSettings
@@ -85,7 +85,13 @@ def score_instances(
     logp = np.empty(len(instances), np.float64)
     for begin in range(0, len(instances), batch):
         chunk = slice(begin, begin + batch)
-        logp[chunk] = scorer.score(instances.input_ids[chunk], mask[chunk])
+        found = scorer.score(instances.input_ids[chunk], mask[chunk])
+        if np.shape(found) != logp[chunk].shape:
+            raise ScoreError(
+                "the scorer did not give one number for each instance.",
+                facts={"found": f"shape {np.shape(found)}", "expected": f"shape {logp[chunk].shape}"},
+            )
+        logp[chunk] = found
         advance(int(mask[chunk].sum()))
     return pa.table(
         {
@@ -169,9 +175,23 @@ def _commit(work: Workspace, task: _Task, table: pa.Table) -> int:
 
 
 def _check_fits(packed: Packed, scorer: Scorer) -> None:
-    size = getattr(scorer, "vocab_size", None)
-    if size is not None:
+    """Raise ModelError or TokenizerError if a model cannot have meant these token ids."""
+    if (size := getattr(scorer, "vocab_size", None)) is not None:
         check_vocabulary(packed.vocab_size, size, "the model")
+    if (config := getattr(scorer, "config", None)) is not None:
+        check_length(config, packed.sequence_length)
+    theirs = getattr(scorer, "vocabulary", None)
+    ours = packed.tokenizer.vocabulary
+    if theirs is not None and theirs != ours:
+        differing = [token for token in ours if theirs.get(token) != ours[token]] or sorted(theirs.keys() - ours.keys())
+        raise TokenizerError(
+            "the model was trained with another tokenizer than the instances were packed with.",
+            facts={
+                "instances": f"{len(ours):,} tokens, {differing[0]!r} is {ours.get(differing[0])}",
+                "model": f"{len(theirs):,} tokens, {differing[0]!r} is {theirs.get(differing[0])}",
+            },
+            remedy="Prepare the corpus with the model's tokenizer.",
+        )
 
 
 def _name(number: int) -> str:

@@ -40,7 +40,7 @@ from miniplm.artifact import Identity, Workspace
 from miniplm.errors import RecipeError, TrainingError
 from miniplm.models.flops import training_flops
 from miniplm.models.head import check_head
-from miniplm.models.load import new_model
+from miniplm.models.load import check_length, choose_device, new_model
 from miniplm.packing.tokenizer import Tokenizer
 from miniplm.progress import Meter, progress
 from miniplm.recipe import Compute, Counted, TrainSettings
@@ -57,6 +57,17 @@ CURVE_POINTS = 20  # of a loss curve
 CURVE_INSTANCES = 64  # held-out instances whose loss is measured at each point
 _STATE = "state"
 _COMPLETE = "complete"
+_HOW = (
+    "dataloader_",
+    "ddp_",
+    "fsdp",
+    "deepspeed",
+    "gradient_checkpointing",
+    "report_to",
+    "run_name",
+    "tf32",
+    "log_level",
+)
 _CURVE_NAMES = {"loss": "train_loss", "eval_loss": "held_out_loss"}
 _COMPILE_FROM_FLOPS = 1e15  # on CPU compiling saves 6 to 20 % and costs 15 s a model; measured, NOTES.md
 
@@ -81,7 +92,13 @@ class TrainingData:
     @property
     def sequence_length(self) -> int:
         """T: predicted positions of an instance."""
-        return int(self.rows.features["input_ids"].length) - 1
+        length = int(getattr(self.rows.features["input_ids"], "length", -1))
+        if length < 2:
+            raise TrainingError(
+                "the rows are not packed: their `input_ids` have no fixed length.",
+                remedy="Pack them with miniplm.prepare, or cast the column to a fixed-length list.",
+            )
+        return length - 1
 
 
 def identity(settings: TrainSettings, counted: Counted, inputs: Mapping[str, str]) -> Identity:
@@ -179,6 +196,7 @@ def _train(
     resolved = resolve(settings, data.tokenizer.vocab_size, data.tokenizer.separator)
     assert resolved.config is not None
     plan = _Plan.of(resolved, data.sequence_length, compute)
+    check_length(resolved.config, data.sequence_length)
     transformers_logging.disable_progress_bar()  # ours is enough
     transformers_logging.set_verbosity_error()  # the Trainer remarks on our short runs
     model = new_model(resolved.config, resolved.seed)
@@ -269,14 +287,10 @@ class _Checkpoints(TrainerCallback):
     """Marks a checkpoint as complete once every file of it is on the disk."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if not state.is_world_process_zero:
-            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        artifact.fsync_tree(folder)
         (folder / _COMPLETE).touch()
-        for path in [*folder.iterdir(), folder]:
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+        artifact.fsync_tree(folder)
 
 
 class _Progress(TrainerCallback):
@@ -309,24 +323,28 @@ class _Progress(TrainerCallback):
 def _arguments(
     settings: TrainSettings, plan: _Plan, compute: Compute, state: Path, measures: bool
 ) -> TrainingArguments:
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise TrainingError(
+            "training by several processes is not in this version.",
+            facts={"WORLD_SIZE": os.environ["WORLD_SIZE"]},
+            remedy="Start it with plain `miniplm`, not with torchrun or accelerate launch.",
+        )
     micro = min(compute.train_micro_batch, plan.batch_instances)
-    if plan.batch_instances % (micro * world):
+    if plan.batch_instances % micro:
         raise RecipeError(
             "a batch cannot be divided evenly.",
             facts={
                 "instances of a batch": plan.batch_instances,
                 "compute.train_micro_batch": micro,
-                "processes": world,
             },
-            remedy="Make batch_tokens / sequence_length a multiple of train_micro_batch x processes.",
+            remedy="Make batch_tokens / sequence_length a multiple of compute.train_micro_batch.",
         )
     ours: dict[str, Any] = {
         "output_dir": str(state),
         "max_steps": plan.steps,
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": micro,
-        "gradient_accumulation_steps": plan.batch_instances // (micro * world),
+        "gradient_accumulation_steps": plan.batch_instances // micro,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "cosine_with_min_lr",
         "lr_scheduler_kwargs": {"min_lr_rate": settings.min_lr_ratio},
@@ -339,7 +357,7 @@ def _arguments(
         "bf16": settings.precision == "bfloat16",
         "fp16": settings.precision == "float16",
         "seed": settings.seed,
-        "use_cpu": compute.device == "cpu" or (compute.device == "auto" and not torch.cuda.is_available()),
+        "use_cpu": choose_device(compute.device).type == "cpu",
         "save_strategy": "steps",
         "save_steps": plan.checkpoint_steps,
         "save_total_limit": 2,  # one may be half-written
@@ -356,6 +374,13 @@ def _arguments(
         "dataloader_pin_memory": not ours["use_cpu"],
         "optim": "adamw_torch_fused",
     }
+    for name in compute.trainer:
+        if not name.startswith(_HOW):
+            raise RecipeError(
+                f"`compute.trainer: {{{name}: ...}}` may change the model; what is under `compute` is in no fingerprint.",
+                facts={"may begin with": ", ".join(_HOW)},
+                remedy="Put it under the model's own `trainer:`.",
+            )
     asked = {**settings.trainer, **compute.trainer}
     if taken := sorted(set(asked) & set(ours)):
         raise RecipeError(
@@ -369,8 +394,7 @@ def _arguments(
             "transformers.TrainingArguments refuses what is under `trainer`.",
             facts={"because": str(error).splitlines()[0]},
         ) from error
-    if world == 1:
-        arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one device: never DataParallel by surprise
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one device: never DataParallel by surprise
     return arguments
 
 
