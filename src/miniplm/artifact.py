@@ -139,8 +139,9 @@ class Workspace:
     def remove(self, name: str) -> None:
         """Remove a part that served its purpose (a file or a folder); nothing happens if it is not there."""
         target = self.path / name
-        if target.is_dir():
-            shutil.rmtree(target)
+        if target.is_dir():  # renamed first: half a folder must not pass for the whole one when the work goes on
+            doomed = target.rename(target.with_name(target.name + _TEMPORARY))
+            shutil.rmtree(doomed)
         else:
             target.unlink(missing_ok=True)
 
@@ -235,13 +236,13 @@ def read(path: Path | str, kind: str | None = None) -> Manifest:
         identity = Identity(raw["kind"], raw["version"], raw["recipe"], raw["inputs"])
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in raw["files"].items()}
         manifest = Manifest(path, identity, raw["counts"], files)
-        recorded = raw["fingerprint"]
+        recorded = raw["fingerprint"], raw["contents"]
+        computed = manifest.fingerprint, _contents(raw["counts"], raw["files"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path / MANIFEST, "a manifest", f"not one ({error})") from error
-    if recorded != manifest.fingerprint:
-        raise _damaged(
-            path / MANIFEST, f"fingerprint {recorded[:12]}", f"its contents give {manifest.fingerprint[:12]}"
-        )
+    for name, said, is_ in zip(("fingerprint", "contents"), recorded, computed, strict=True):
+        if said != is_:
+            raise _damaged(path / MANIFEST, f"{name} {str(said)[:12]}", f"what it says gives {is_[:12]}")
     if kind is not None and identity.kind != kind:
         raise ArtifactMismatchError(
             f"{path} is not of the kind that is needed.", facts={"found": identity.kind, "expected": kind}
@@ -365,7 +366,18 @@ def _manifest(folder: Path, identity: Identity, counts: Mapping[str, Any]) -> di
         name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
         for name in _listed(folder)
     }
-    return {"fingerprint": identity.fingerprint, **identity.as_dict(), "counts": counts, "files": files}
+    return {
+        "fingerprint": identity.fingerprint,
+        "contents": _contents(counts, files),
+        **identity.as_dict(),
+        "counts": counts,
+        "files": files,
+    }
+
+
+def _contents(counts: object, files: object) -> str:
+    """sha256 of what a manifest says beyond the identity."""
+    return hashlib.sha256(_canonical([counts, files])).hexdigest()
 
 
 def _listed(folder: Path) -> list[str]:

@@ -65,9 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if error.name not in extra:
             raise
         _complain(MissingExtraError(extra[error.name], error.name))
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped.", file=sys.stderr)  # noqa: T201
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == 130:  # typer's answer to Control-C
+            print("interrupted; the same command goes on where it stopped.", file=sys.stderr)  # noqa: T201
+        raise
 
 
 def _complain(error: Exception) -> None:
@@ -139,7 +140,7 @@ def prepare(
         tokenizer={"train": {"vocab_size": size}} if tokenizer.startswith("train:") else tokenizer,
         out=out,
         sequence_length=sequence_length,
-        split={name: float(share) for name, share in shares.items()},
+        split=shares,
         columns={k: v for k, v in {"text": text, "id": id_, "source": source}.items() if v},
         on_error=on_error,
         cut=cut,

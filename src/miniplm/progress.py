@@ -1,6 +1,7 @@
 """Progress of long work: a bar with rate and time left in a terminal, a plain line now and then elsewhere.
 
-`printable` makes text from a corpus safe to print. Progress goes to standard error, so that standard output stays for results. `MINIPLM_PROGRESS=off` silences it.
+It goes to standard error, so that standard output stays for results. `MINIPLM_PROGRESS=off` silences it.
+`printable` makes text from a corpus safe to print.
 """
 
 from __future__ import annotations

@@ -20,11 +20,9 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
-    SerializerFunctionWrapHandler,
     Tag,
     ValidationError,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
@@ -48,7 +46,7 @@ class _At(ValueError):  # noqa: N818 (it never leaves this file)
 class Settings(BaseModel):
     """The base of all settings: frozen, and strict about names."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Columns(Settings):
@@ -192,19 +190,13 @@ class ScoreSettings(Settings):
 class SamplerSettings(Settings):
     """A sampler by name, or `package.module:Class`, which is called with the other settings."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     sampler: str
     ratio: Ratio = 0.5
     normalize: Literal["token", "sum", "byte"] = "token"
     within: Literal["source"] | None = None
     seed: int = Field(0, ge=0)
-
-    @model_serializer(mode="wrap")
-    def _only_what_was_given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Defaults are left out, because not every sampler has every setting; each writes its own into its manifest."""
-        given = self.model_fields_set | {"ratio"} | (self.model_extra or {}).keys()
-        return {name: value for name, value in serialize(self).items() if name in given}
 
     @model_validator(mode="after")
     def _extra_only_for_own_classes(self) -> Self:
@@ -283,10 +275,11 @@ class Recipe(Settings):
         return self
 
     def resolved(self) -> str:
-        """The recipe as YAML with every default written out; `load` reads it back to an equal recipe."""
-        return yaml.safe_dump(
-            self.model_dump(by_alias=True, mode="json"), sort_keys=False, allow_unicode=True, width=120
-        )
+        """The recipe as YAML with the defaults written out; `load` reads it back to an equal recipe."""
+        values = self.model_dump(by_alias=True, mode="json")
+        # a sampler has only some of the settings: one that was not given may not be given now
+        values["select"] = {n: s.model_dump(mode="json", exclude_unset=True) for n, s in self.select.items()}
+        return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def load(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
@@ -331,6 +324,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key `{key.value}` stands twice", key.start_mark
@@ -339,9 +334,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the text that `_Loader` would take for a number, such as the commit 12e4567."""
+
+
+for _way in (_Loader, _Dumper):
+    _way.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
 
 
 def _with_like(students: Mapping[str, Any], name: str, seen: tuple[str, ...]) -> Any:
@@ -383,13 +383,13 @@ def _explain(
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a misspelt key explains a missing one
     cause = first.get("ctx", {}).get("error")
     inner = cause.path if isinstance(cause, _At) else ()
-    path, node = _locate((*first["loc"], *inner), tree)
+    path, node = _locate((*first["loc"], *inner), tree, overridden)
     dotted = ".".join(path)
     where = f"{name}, line {node.start_mark.line + 1}"
     if any(path[: len(o)] == o or o[: len(path)] == path for o in overridden):
         where = f"{name} with --set {dotted}"
     if first["type"] == "extra_forbidden":
-        valid = sorted(_valid_names(path[:-1]))
+        valid = sorted(_valid_names(path[:-1], raw))
         return RecipeError(
             f"{where}: unknown key `{path[-1]}`{' in ' + '.'.join(path[:-1]) if len(path) > 1 else ''}.",
             facts={"found": _short(first["input"], path[-1]), "expected": f"one of: {', '.join(valid)}"},
@@ -410,7 +410,9 @@ def _dig(raw: Any, path: tuple[str, ...]) -> Any:
     return raw
 
 
-def _locate(loc: tuple[int | str, ...], tree: yaml.Node) -> tuple[tuple[str, ...], yaml.Node]:
+def _locate(
+    loc: tuple[int | str, ...], tree: yaml.Node, overridden: Iterable[tuple[str, ...]] = ()
+) -> tuple[tuple[str, ...], yaml.Node]:
     """Follow pydantic's location into the YAML tree; steps that are no keys of the file (tags) are left out."""
     path: list[str] = []
     node = tree
@@ -424,12 +426,13 @@ def _locate(loc: tuple[int | str, ...], tree: yaml.Node) -> tuple[tuple[str, ...
                 continue
         if isinstance(node, yaml.SequenceNode) and isinstance(step, int):
             mark = node = node.value[step]
-        elif isinstance(step, str) and step not in ("given", "trained") and step == loc[-1]:
-            path.append(step)  # a key that came with --set
+        elif step == loc[-1] or any(o[: len(path) + 1] == (*path, step) for o in overridden):
+            node = yaml.ScalarNode("", "")  # a key that came with --set; what is below it is not in the file either
+            path.append(str(step))
     return tuple(path), mark
 
 
-def _valid_names(path: tuple[str, ...]) -> list[str]:
+def _valid_names(path: tuple[str, ...], raw: Mapping[str, Any]) -> list[str]:
     """The keys that are valid in the mapping at `path` of a recipe."""
     model: type[BaseModel] = Recipe
     open_mapping = False
@@ -444,6 +447,8 @@ def _valid_names(path: tuple[str, ...]) -> list[str]:
         if not models:
             return []
         model = models[-1]
+        if {GivenModel, TrainSettings} <= set(models) and isinstance(raw.get(step), Mapping) and "model" in raw[step]:
+            model = GivenModel
         open_mapping = getattr(field.annotation, "__origin__", None) is dict
     return [f.alias or n for n, f in model.model_fields.items()] + (["like"] if model is StudentSettings else [])
 

@@ -18,7 +18,6 @@ from miniplm.artifact import Identity, Workspace
 from miniplm.engine.local import LocalEngine
 from miniplm.evaluation.loss import ALL, Row, losses
 from miniplm.packing.instances import Packed
-from miniplm.progress import printable
 from miniplm.recipe import Compute, ScoreSettings
 from miniplm.scoring.base import Scores, open_scores, read_parts
 from miniplm.scoring.score import ScorerFactory, score_shards
@@ -41,11 +40,7 @@ class Evaluation:
         raise KeyError((metric, source))
 
     def __str__(self) -> str:
-        return "\n".join(
-            f"{row.dataset:<10} {printable(row.source, 24):<24} {row.metric:<15} {row.value:8.4f} ± {row.standard_error or 0:.4f}"
-            f"  n={row.n:,}"
-            for row in self.rows
-        )
+        return "\n".join(str(row) for row in self.rows)
 
 
 def identity(held_out: str, model: str, settings: ScoreSettings) -> Identity:

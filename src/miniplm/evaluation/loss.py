@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from miniplm.progress import printable
 from miniplm.scoring.base import Scores
 
 ALL = "all"
@@ -30,6 +31,11 @@ class Row:
     value: float
     standard_error: float | None
     n: int
+
+    def __str__(self) -> str:
+        error = "–" if self.standard_error is None else f"{self.standard_error:.4f}"
+        source = printable(self.source, 24)
+        return f"{self.dataset:<10} {source:<24} {self.metric:<15} {self.value:8.4f} ± {error}  n={self.n:,}"
 
     def as_dict(self) -> dict[str, object]:
         """The fields by name."""

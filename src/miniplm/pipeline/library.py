@@ -44,12 +44,11 @@ from miniplm.sampling.named import identity as selection_identity
 from miniplm.sampling.named import sampler_from
 from miniplm.scoring import score as scoring
 from miniplm.scoring.base import Scorer, Scores, open_scores
-from miniplm.scoring.huggingface import load_scorer
-from miniplm.training import trainer as training
-from miniplm.training.trainer import Checkpoint, TrainingData
 
 if TYPE_CHECKING:
     import datasets
+
+    from miniplm.training.trainer import Checkpoint
 
 AnyModel = str | os.PathLike[str] | GivenModel | Scorer
 
@@ -60,7 +59,7 @@ def prepare(
     tokenizer: str | Mapping[str, Any],
     out: str | os.PathLike[str],
     sequence_length: int = 1024,
-    split: Mapping[str, float] | Split | None = None,
+    split: Mapping[str, Any] | Split | None = None,
     columns: Mapping[str, str] | None = None,
     on_error: str = "raise",
     cut: str = "exact",
@@ -138,6 +137,9 @@ def train(
         RecipeError, ModelError, TrainingError, ArtifactError, StorageError: see `miniplm.errors`.
 
     """
+    from miniplm.training import trainer as training  # imports torch, which documents and selections do not need
+    from miniplm.training.trainer import TrainingData
+
     try:
         which = {"preset": model} if isinstance(model, str) else {"config": dict(model)}
         resolved = TrainSettings.model_validate({**which, "tokens": tokens, **settings})
@@ -259,6 +261,8 @@ def _score_settings(dtype: Precision, counted: Counted) -> ScoreSettings:
 
 
 def _scorer(model: AnyModel, dtype: Precision, compute: Compute) -> tuple[str, scoring.ScorerFactory]:
+    from miniplm.scoring.huggingface import load_scorer  # imports torch
+
     if isinstance(model, (str, os.PathLike)):
         model = GivenModel(model=os.fspath(model))
     if isinstance(model, GivenModel):
@@ -285,7 +289,7 @@ def _packed_behind(rows: datasets.Dataset) -> Packed | None:
 def _rows_fingerprint(rows: datasets.Dataset, packed: Packed | None) -> str:
     """What a Dataset is: the packed part and the row numbers, or the fingerprint that `datasets` gives it.
 
-    Row numbers mean what they say only while the table under them is that of the whole part: slicing and mapping make another.
+    Row numbers mean what they say only while the table under them is that of the whole part: slices are other tables.
     """
     whole = packed is not None and rows._data.num_rows == len(packed) and rows.features == packed.dataset.features
     whole = whole and {Path(file["filename"]) for file in rows.cache_files} == set(packed.shards if packed else ())

@@ -377,7 +377,7 @@ def _arguments(
     for name in compute.trainer:
         if not name.startswith(_HOW):
             raise RecipeError(
-                f"`compute.trainer: {{{name}: ...}}` may change the model; what is under `compute` is in no fingerprint.",
+                f"`compute.trainer: {{{name}: ...}}` may change the model; `compute` is in no fingerprint.",
                 facts={"may begin with": ", ".join(_HOW)},
                 remedy="Put it under the model's own `trainer:`.",
             )
