@@ -200,12 +200,15 @@ def test_an_empty_folder_may_become_the_artifact(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "a").read_text() == "alpha"
 
 
-def test_parts_of_unknown_origin_are_not_taken_over(tmp_path: Path) -> None:
+def test_a_partial_folder_of_somebody_else_is_refused_and_kept(tmp_path: Path) -> None:
     partial = artifact.partial_path(tmp_path / "out")
     partial.mkdir()
-    (partial / "a").write_text("of who knows what")
-    artifact.make(tmp_path / "out", WHAT, two_parts)
-    assert (tmp_path / "out" / "a").read_text() == "alpha"
+    (partial / "a").write_text("years of work")
+    (partial / "b.tmp").write_text("more of it")
+    with pytest.raises(ArtifactMismatchError, match="no unfinished work of miniplm"):
+        artifact.make(tmp_path / "out", WHAT, never)
+    assert (partial / "a").read_text() == "years of work"
+    assert (partial / "b.tmp").read_text() == "more of it"
 
 
 def test_reading_nothing_says_that_nothing_is_there(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -320,15 +322,17 @@ def test_a_selection_may_not_be_called_pool() -> None:
 class OwnSampler:
     """A sampler of a user."""
 
+    needs = frozenset({"teacher"})
+
     def __init__(self, **given: object) -> None:
         self.given = given
 
 
 def test_settings_of_ones_own_pass_through_to_ones_own_class(monkeypatch: pytest.MonkeyPatch) -> None:
     text = edited(
-        "    sampler: difference\n", '    sampler: "os.path:join"\n    temperature: 0.7\n    deep: {a: [1]}\n'
+        "    sampler: difference\n", '    sampler: "own_module:OwnSampler"\n    temperature: 0.7\n    deep: {a: [1]}\n'
     )
-    monkeypatch.setattr("os.path.join", OwnSampler)
+    monkeypatch.setitem(sys.modules, "own_module", types.SimpleNamespace(OwnSampler=OwnSampler))
     sampler: Any = sampler_from(parse(text).select["difference"])
     assert sampler.given == {"ratio": 0.5, "temperature": 0.7, "deep": {"a": [1]}}
 

@@ -519,17 +519,20 @@ class StopTraining:
 # Refusals
 
 
-@pytest.mark.parametrize("where", ["settings", "compute"])
 @pytest.mark.parametrize(
     ("trainer", "named"),
     [({"no_such_argument": 1}, "no_such_argument"), ({"optim": "no_such_optimizer"}, "no_such_optimizer")],
 )
 def test_a_trainer_setting_that_transformers_does_not_know_is_a_recipe_error(
-    where: str, trainer: Mapping[str, Any], named: str, corpus: Corpus, tmp_path: Path
+    trainer: Mapping[str, Any], named: str, corpus: Corpus, tmp_path: Path
 ) -> None:
-    how, compute = ({"trainer": trainer}, {}) if where == "settings" else ({}, {"trainer": trainer})
     with pytest.raises(RecipeError, match=named):
-        train(corpus, tmp_path / "model", settings(2, **how), **compute)
+        train(corpus, tmp_path / "model", settings(2, trainer=trainer))
+
+
+def test_what_changes_the_model_may_not_stand_under_compute(corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"optim.*in no fingerprint"):
+        train(corpus, tmp_path / "model", settings(2), trainer={"optim": "sgd"})
 
 
 @pytest.mark.parametrize("where", ["settings", "compute"])

@@ -1,7 +1,7 @@
 """Floating-point operations of a model, counted from its layers.
 
-A forward pass costs, for each token, 2 operations for each weight of each linear layer (the head included, the embedding
-look-up not), and 2·T·(heads × head width) in each attention layer for the scores and the mixing of values: under a
+A forward pass costs, for each token, 2 operations for each weight of each linear layer (the head included, look-ups
+not), and 2·T·(heads × head width) in each attention layer for the scores and the mixing of values: under a
 causal mask, half of the full square. A training step costs three forward passes (Kaplan et al. 2020, arXiv 2001.08361,
 section 2.1).
 """

@@ -374,6 +374,12 @@ def _arguments(
         "dataloader_pin_memory": not ours["use_cpu"],
         "optim": "adamw_torch_fused",
     }
+    asked = {**settings.trainer, **compute.trainer}
+    if taken := sorted(set(asked) & set(ours)):
+        raise RecipeError(
+            f"`trainer: {{{taken[0]}: ...}}` is decided by the recipe's own settings.",
+            remedy="Use tokens, batch_tokens, learning_rate, warmup_ratio, precision, seed, compute.train_micro_batch.",
+        )
     for name in compute.trainer:
         if not name.startswith(_HOW):
             raise RecipeError(
@@ -381,12 +387,6 @@ def _arguments(
                 facts={"may begin with": ", ".join(_HOW)},
                 remedy="Put it under the model's own `trainer:`.",
             )
-    asked = {**settings.trainer, **compute.trainer}
-    if taken := sorted(set(asked) & set(ours)):
-        raise RecipeError(
-            f"`trainer: {{{taken[0]}: ...}}` is decided by the recipe's own settings.",
-            remedy="Use tokens, batch_tokens, learning_rate, warmup_ratio, precision, seed, compute.train_micro_batch.",
-        )
     try:
         arguments = TrainingArguments(**ours, **{**theirs, **asked})
     except (TypeError, ValueError) as error:
