@@ -3,16 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# For what is installed, and for what builds it.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+
 .PHONY: demo test fast lint clean
 
 demo: $(VENV)/run
 	$(BIN)/miniplm run recipes/quickstart.yaml
 
 test: lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 fast: $(VENV)/dev                      ## the tests that take a moment, for the inner loop
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -27,11 +30,11 @@ $(VENV)/torch: constraints.txt
 	touch $@
 
 $(VENV)/run: pyproject.toml $(VENV)/torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,report]"
+	$(BIN)/python -m pip install --quiet -e ".[train,report]"
 	touch $@
 
 $(VENV)/dev: pyproject.toml $(VENV)/run
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,report,dev]"
+	$(BIN)/python -m pip install --quiet -e ".[train,report,dev]"
 	touch $@
 
 clean:

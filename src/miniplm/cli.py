@@ -114,6 +114,17 @@ def run(
 
 
 @app.command()
+def report(recipe: RecipeArgument, out: RunOption = None, set_: SetOption = None) -> None:
+    """Write the report of a run whose stages are all done."""
+    from miniplm.report.write import summary, write_report
+
+    stages = _chain(recipe, out, set_)
+    page = write_report(stages)
+    typer.echo(summary(stages))
+    typer.echo(f"report: {page}")
+
+
+@app.command()
 def prepare(
     files: Annotated[list[str], typer.Argument(help="Paths or globs; `builtin` for the Python text installed here.")],
     tokenizer: Annotated[str, typer.Option(help="Hub id or folder; `train:4096` trains one of that size.")],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import datasets
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from miniplm.corpus.sources import open_documents
@@ -45,6 +46,34 @@ def texts_of(packed: Packed) -> dict[str, str]:
     for row in packed.dataset:
         streams.setdefault(row["source"], []).extend(row["input_ids"][: row["length"]])
     return {source: packed.tokenizer.decode(ids) for source, ids in streams.items()}
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sizes=st.lists(st.integers(1, 60), min_size=80, max_size=160), block_bytes=st.integers(300, 6_000))
+def test_each_document_comes_out_once_or_is_left_over(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], block_bytes: int
+) -> None:
+    """Documents carry a mark of their own; marks are counted in what came out, not in what the manifest says."""
+    folder = tmp_path_factory.mktemp("marks")
+    with (folder / "c.jsonl").open("w") as file:
+        for n, size in enumerate(sizes):
+            record = {"id": f"d{n}", "text": f"<{n}>" + " a" * size, "source": f"s{n % 2}"}
+            file.write(json.dumps(record) + "\n")
+    split = {"reference": 0.3, "held_out": 0.3}
+    corpus = make(
+        folder / "c.jsonl", folder / "corpus", sequence_length=7, split=split, block_bytes=block_bytes,
+        tokenizer={"train": {"vocab_size": 258}},
+    )  # fmt: skip
+    marks: Counter[str] = Counter()
+    left = 0
+    for part, found in corpus.manifest.counts["parts"].items():
+        texts = texts_of(corpus.part(part)).values()
+        marks.update(mark for text in texts for mark in re.findall(r"<\d+>", text))
+        left += found["leftover_tokens"]
+    assert max(marks.values()) == 1
+    missing = [n for n in range(len(sizes)) if marks[f"<{n}>"] == 0]
+    assert len(missing) <= 6, "at most the first tokens of one document for each part and source"
+    assert left < 8 * 6
 
 
 @pytest.mark.parametrize("cut", ["exact", "sentence"])

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import floor
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +20,7 @@ from miniplm.sampling.base import Pool, Selection, keep_count, open_selection, q
 from miniplm.sampling.baselines import RandomSampling, ReferenceDifficulty, TeacherPreference
 from miniplm.sampling.difference import DifferenceSampling, differences
 from miniplm.sampling.named import identity, sampler_from
-from miniplm.scoring.base import Scores
+from miniplm.scoring.base import Scores, read_parts
 
 SOURCES = ("a", "b", "c")
 
@@ -56,6 +59,23 @@ def test_top_k_equals_sorted_on_many_random_scores() -> None:
         scores = np.round(draw.normal(size=3000), 2)  # rounding makes ties
         k = int(draw.integers(1, 3000))
         assert top_k(scores, k).tolist() == slow_top_k(scores.tolist(), k)
+
+
+def test_top_k_is_the_same_from_any_number_of_shards_written_in_any_order(tmp_path: Path) -> None:
+    draw = np.random.default_rng(3)
+    logp = np.round(draw.normal(size=500), 1)
+    picks = []
+    for shards in (1, 3, 7):
+        folder = tmp_path / str(shards)
+        folder.mkdir()
+        pieces = list(enumerate(np.array_split(np.arange(500), shards)))
+        draw.shuffle(pieces)
+        for number, rows in pieces:
+            columns = {"instance": rows, "logp": logp[rows], "n_tokens": np.full(len(rows), 1, np.int32)}
+            columns |= {"n_bytes": np.full(len(rows), 1, np.int32), "source": ["s"] * len(rows)}
+            pq.write_table(pa.table(columns), folder / f"part-{number:05d}.parquet")
+        picks.append(top_k(read_parts(folder, "p").logp, 123).tolist())
+    assert picks[0] == picks[1] == picks[2] == slow_top_k(logp.tolist(), 123)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -179,13 +199,13 @@ def test_a_larger_ratio_keeps_all_that_a_smaller_one_keeps(low: float, step: flo
     assert set(small.rows.tolist()) <= set(large.rows.tolist())
 
 
-def test_a_selection_survives_the_disk(tmp_path: object) -> None:
+def test_a_selection_survives_the_disk(tmp_path: Path) -> None:
     pool = Pool.of(scores_of(np.arange(20.0)))
     sampler = DifferenceSampling(ratio=0.4)
     chosen = sampler.select(scores_of(np.arange(20.0)), scores_of(np.zeros(20)))
     what = identity("difference", sampler, {"pool": pool.fingerprint, "teacher": "t", "reference": "r"})
-    save(tmp_path / "chosen", what, chosen)  # type: ignore[operator]
-    found: Selection = open_selection(tmp_path / "chosen")  # type: ignore[operator]
+    save(tmp_path / "chosen", what, chosen)
+    found: Selection = open_selection(tmp_path / "chosen")
     assert found.rows.tolist() == chosen.rows.tolist()
     assert (found.of, found.threshold, found.by_source, found.packed) == (
         chosen.of, chosen.threshold, chosen.by_source, chosen.packed,

@@ -4,7 +4,8 @@ In: a recipe and a run directory. Out: the stages in the order in which they can
 identity), where, and what has to be there first. Nothing is made here; `run.py` does that.
 
 A stage's folder has the first twelve digits of its fingerprint in its name, so that other settings make another folder
-beside it: nothing is overwritten, and going back to earlier settings finds what was made then.
+beside it: nothing is overwritten, and going back to earlier settings finds what was made then. (The built-in corpus has
+a hash of its settings there: what was drawn once holds, whatever has been installed since.)
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +84,7 @@ def write_recipe(root: Path, recipe: Recipe) -> None:
     """Write the resolved recipe into the run directory."""
     with artifact.storage(root):
         root.mkdir(parents=True, exist_ok=True)
-        temporary = root / f"{RECIPE}.{os.getpid()}.tmp"
+        temporary = root / f"{RECIPE}.tmp"
         temporary.write_text(recipe.resolved(), encoding="utf-8")
         temporary.rename(root / RECIPE)
 

@@ -6,7 +6,6 @@ They are views of the artifacts, made anew whenever they are out of date; a run 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,6 +66,6 @@ def _up_to_date(stages: Chain) -> bool:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_bytes(content)
     temporary.rename(path)
