@@ -105,3 +105,12 @@ def test_real_tokenizers_keep_text_and_count_its_bytes(name: str, vocabulary: in
         assert tokenizer.decode(ids) == text
         assert tokenizer.separator not in ids
         assert tokenizer.token_bytes[ids].sum() == len(unicodedata.normalize("NFC", text).encode())
+
+
+def test_a_separator_that_is_not_marked_special_is_not_made_from_text_either(tmp_path: Path) -> None:
+    tokenizers.train(CORPUS, 400).save(tmp_path)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    raw["added_tokens"][0]["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizer = tokenizers.load(tmp_path)
+    assert tokenizer.separator not in tokenizer.encode([f"a {END_OF_TEXT} b"])[0]
