@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,15 +98,11 @@ def run(
     only: Annotated[str | None, typer.Option(help="One stage (score/teacher) or group of stages (score).")] = None,
 ) -> None:
     """Make what is missing of a recipe, then the report. Interrupt and repeat at will."""
-    from miniplm import artifact
     from miniplm.pipeline.run import run as run_chain
     from miniplm.report.write import summary, write_report
 
     stages = _chain(recipe, out, set_)
-    made = run_chain(stages, only, typer.echo)
-    for stage in made:
-        if stage.name == "prepare":
-            typer.echo("\n".join(["", *_corpus_table(artifact.read(stage.path).counts), ""]))
+    run_chain(stages, only, typer.echo)
     if only is None:
         page = write_report(stages)
         typer.echo(summary(stages))
@@ -141,6 +137,7 @@ def prepare(
 ) -> None:
     """Split documents into parts, tokenise and pack them."""
     from miniplm.pipeline.library import prepare as prepare_corpus
+    from miniplm.pipeline.run import counts_table
 
     shares = _pairs(split, "--split")
     if bad := [share for share in shares.values() if not _is_number(share)]:
@@ -156,8 +153,7 @@ def prepare(
         on_error=on_error,
         cut=cut,
     )
-    for line in _corpus_table(corpus.manifest.counts):
-        typer.echo(line)
+    typer.echo("\n".join(counts_table(corpus.manifest.counts)))
 
 
 @app.command()
@@ -339,14 +335,3 @@ def _pairs(text: str, option: str) -> dict[str, str]:
     if len(pairs) != len(text.split(",")):
         raise RecipeError(f"{option} {text!r} is not of the form name=value,name=value.")
     return {name.strip(): value.strip() for name, value in pairs.items()}
-
-
-def _corpus_table(counts: Mapping[str, Any]) -> list[str]:
-    columns = ("documents", "tokens_in", "tokens_out", "leftover_tokens", "instances")
-    lines = [f"{'part':<10}" + "".join(f"{name.replace('_', ' '):>17}" for name in columns)]
-    for part, found in counts["parts"].items():
-        lines.append(f"{part:<10}" + "".join(f"{found[name]:>17,}" for name in columns))
-    lines.append(
-        f"left out: {counts['empty']:,} empty, {counts['malformed']:,} malformed, {counts['undecodable']:,} undecodable"
-    )
-    return lines

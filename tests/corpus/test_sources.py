@@ -6,12 +6,12 @@ import csv
 import gzip
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,7 +23,7 @@ except ImportError:
 
 from miniplm.corpus.sources import Document, Documents, Rejected, open_documents
 from miniplm.errors import CorpusError
-from miniplm.recipe import CorpusSettings
+from miniplm.recipe import Columns, CorpusSettings
 
 RECORDS = [{"id": f"d{n}", "text": f"text {n} é 中 🙂", "source": f"s{n % 2}"} for n in range(7)]
 DOCUMENTS = [Document(r["id"], r["text"], r["source"]) for r in RECORDS]
@@ -136,6 +136,63 @@ def test_a_dataset_is_read_as_it_is() -> None:
     assert documents.fingerprint != open_documents(datasets.Dataset.from_list(RECORDS[:6])).fingerprint
 
 
+def test_columns_and_on_error_of_a_dataset_are_used_and_in_its_fingerprint() -> None:
+    data = datasets.Dataset.from_list([{"body": "x", "key": "a", "from": "web"}])
+    columns = Columns(text="body", id="key", source="from")
+    assert everything(open_documents(data, 1_000, columns)) == [Document("a", "x", "web")]
+    numbers = datasets.Dataset.from_list([{"body": 17}])
+    assert everything(open_documents(numbers, 1_000, Columns(text="body"), "skip")) == [Rejected("malformed")]
+    with pytest.raises(CorpusError, match="row 1: malformed"):
+        everything(open_documents(numbers, 1_000, Columns(text="body")))
+    opened_so = [open_documents(data), open_documents(data, 1, columns), open_documents(data, 1, columns, "skip")]
+    assert len({documents.fingerprint for documents in opened_so}) == 3
+
+
+def test_what_is_no_dataset_is_refused_with_what_can_be_passed() -> None:
+    part = datasets.Dataset.from_list(RECORDS)
+    for other in (part.to_iterable_dataset(), datasets.DatasetDict({"train": part}), [*RECORDS]):
+        with pytest.raises(CorpusError, match=rf"(?s){type(other).__name__}.*datasets\.Dataset"):
+            open_documents(other)
+
+
+def _hub(monkeypatch: pytest.MonkeyPatch, stream: Callable[..., Any]) -> Documents:
+    info = type("Info", (), {"sha": "c0ffee"})()
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: info)
+    monkeypatch.setattr(datasets, "load_dataset", stream)
+    return open_documents(CorpusSettings(hub="who/what", config="c"))
+
+
+def test_a_data_set_on_the_hub_is_read_at_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    documents = _hub(monkeypatch, lambda *given, **options: asked.append((given, options["revision"])) or RECORDS)
+    assert everything(documents) == DOCUMENTS
+    assert asked == [(("who/what", "c"), "c0ffee")]
+
+
+def test_a_hub_that_fails_is_an_error_with_the_first_line_of_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_such_config(*_: Any, **__: Any) -> Any:
+        raise ValueError("BuilderConfig 'c' not found.\nAvailable: a, b")
+
+    def dropped(*_: Any, **__: Any) -> Any:
+        yield from RECORDS[:2]
+        raise ConnectionError
+
+    for stream, because in ((no_such_config, "BuilderConfig 'c' not found."), (dropped, "ConnectionError()")):
+        with pytest.raises(CorpusError) as error:
+            everything(_hub(monkeypatch, stream))
+        assert "who/what" in str(error.value)
+        assert str(error.value).endswith(f"because  {because}")
+
+
+def test_a_data_set_that_is_not_on_the_hub_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(*_: Any, **__: Any) -> Any:
+        raise OSError
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", nothing)
+    with pytest.raises(CorpusError, match=r"(?s)'who/what'.*Hub.*OSError"):
+        open_documents(CorpusSettings(hub="who/what"))
+
+
 def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     (tmp_path / "novel.txt").write_text("first line\n\nsecond paragraph\n")
     (document,) = read(tmp_path / "novel.txt")
@@ -158,8 +215,11 @@ def test_a_split_that_a_saved_dict_does_not_have_is_named_with_those_it_has(tmp_
 
 
 @pytest.mark.parametrize(
-    ("name", "write"), [("a.jsonl.gz", write_gz), ("a.jsonl.zst", write_zst), ("a.jsonl.zst", write_zst_frames)]
-)
+    ("name", "write"), [
+        ("a.jsonl.gz", write_gz), ("a.jsonl.zst", write_zst), ("a.jsonl.zst", write_zst_frames),
+        ("a.parquet", write_parquet),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
 def test_a_truncated_file_is_an_error_and_never_just_shorter(
     name: str, write: Callable[[Path], None], on_error: str, tmp_path: Path
@@ -212,7 +272,17 @@ def test_configured_columns_may_be_nested(tmp_path: Path) -> None:
     assert read(tmp_path / "a.jsonl", columns=columns) == [Document("7", "x", "web")]
 
 
-@pytest.mark.parametrize("wanted", [{}, {"text": "body"}, {"text": "meta.body"}])
+def test_a_flat_column_may_have_a_dot_in_its_name_and_a_nested_one_may_be_null(tmp_path: Path) -> None:
+    records = [{"body.text": "x"}, {"body": {"text": None}}, {"body": None}, {"body": {"text": "y"}}]
+    for rows in (records, records[1:], records[2:]):
+        (tmp_path / "a.jsonl").write_bytes(lines(rows))
+        found = read(tmp_path / "a.jsonl", columns={"text": "body.text"})
+        assert [r.text if isinstance(r, Document) else r.reason for r in found] == ["x", "empty", "empty", "y"][
+            -len(rows) :
+        ]
+
+
+@pytest.mark.parametrize("wanted", [{}, {"text": "body"}, {"text": "meta.body"}, {"text": "content.body"}])
 def test_a_text_column_that_is_not_there_is_named_with_those_that_are(wanted: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines([{"content": "x", "meta": {"lang": "en"}}]))
     with pytest.raises(CorpusError) as error:
@@ -221,11 +291,12 @@ def test_a_text_column_that_is_not_there_is_named_with_those_that_are(wanted: di
         assert words in str(error.value)
 
 
+@pytest.mark.parametrize("column", ["key", "meta.key"])
 @pytest.mark.parametrize("role", ["id", "source"])
-def test_another_column_that_was_asked_for_and_is_not_there_is_named(role: str, tmp_path: Path) -> None:
+def test_another_column_that_was_asked_for_and_is_not_there_is_named(role: str, column: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines([{"text": "x"}]))
-    with pytest.raises(CorpusError, match="'key'"):
-        read(tmp_path / "a.jsonl", columns={role: "key"})
+    with pytest.raises(CorpusError, match=f"'{column}'"):
+        read(tmp_path / "a.jsonl", columns={role: column})
 
 
 def test_a_missing_id_is_made_from_file_and_row(tmp_path: Path) -> None:
@@ -241,7 +312,6 @@ BAD_LINES = {
     "cut off": (b'{"text": "abc', "malformed"),
     "a list": (b'["text"]', "malformed"),
     "a number": (b"17", "malformed"),
-    "an empty line": (b"", "malformed"),
     "text that is a number": (b'{"text": 17}', "malformed"),
     "text that is a list": (b'{"text": ["a"]}', "malformed"),
     "nested without end": (b"[" * 100_000, "malformed"),
@@ -278,12 +348,38 @@ def test_a_first_record_without_id_and_source_takes_none_from_the_others(tmp_pat
     assert read(tmp_path / "a.jsonl") == [Document("a.jsonl:1", "x", "unknown"), *DOCUMENTS]
 
 
-def test_empty_and_missing_text_is_counted_where_others_have_text(tmp_path: Path) -> None:
+def test_a_source_that_is_null_or_elsewhere_in_the_first_record_is_found_in_the_others(tmp_path: Path) -> None:
+    meta = {"text": "x", "source": None, "meta": {"pile_set_name": "web"}}
+    records = [{"text": "x", "source": None}, {"text": "x", "source": "books"}, meta, {"text": "x", "domain": "law"}]
+    (tmp_path / "a.jsonl").write_bytes(lines(records))
+    pq.write_table(pa.Table.from_pylist([{"domain": None, "meta": None} | r for r in records]), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        found = [d.source for d in read(tmp_path / name) if isinstance(d, Document)]
+        assert found == ["unknown", "books", "web", "law"]
+
+
+def test_empty_text_is_counted_and_no_text_column_is_malformed(tmp_path: Path) -> None:
     records = [{"text": "x"}, {"text": ""}, {"text": None}, {"id": "only"}, {"text": "y"}]
     (tmp_path / "a.jsonl").write_bytes(lines(records))
-    found = read(tmp_path / "a.jsonl")
-    assert Counter(type(record).__name__ for record in found) == {"Document": 2, "Rejected": 3}
-    assert {record.reason for record in found if isinstance(record, Rejected)} == {"empty"}
+    found = read(tmp_path / "a.jsonl", on_error="skip")
+    reasons = [record.reason for record in found if isinstance(record, Rejected)]
+    assert (len(found), reasons) == (5, ["empty", "empty", "malformed"])
+    with pytest.raises(CorpusError, match=r"(?s)a\.jsonl, line 4: malformed.*no such column: `text`"):
+        read(tmp_path / "a.jsonl")
+
+
+def test_blank_lines_are_no_records_but_have_numbers(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\n{"text": "x"}\n \r\n{"text": "y"}\n\n')
+    assert [d.id for d in read(tmp_path / "a.jsonl") if isinstance(d, Document)] == ["a.jsonl:2", "a.jsonl:4"]
+    assert len(read(tmp_path / "a.jsonl")) == 2
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_one_json_array_is_an_error_that_asks_for_json_lines(indent: int | None, on_error: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(RECORDS, indent=indent))
+    with pytest.raises(CorpusError, match=r"(?s)a\.json is one JSON array.*JSON lines"):
+        read(tmp_path / "a.json", on_error=on_error)
 
 
 def test_the_last_line_needs_no_end_and_windows_line_ends_are_fine(tmp_path: Path) -> None:

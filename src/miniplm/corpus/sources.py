@@ -4,10 +4,11 @@ In: `CorpusSettings`, or a `datasets.Dataset`. Out: `Documents`: groups of files
 `Document`s with a stable id, so that groups can be read in any order by any worker. A group is streamed; nothing
 larger than a record (JSON lines) or a batch of records (the rest) is in memory.
 
-Everything but JSON lines is read by `datasets`. JSON lines are read line by line here, because only then can a
-malformed line be named by file and number, or skipped without losing its neighbours.
+Parquet is read by `pyarrow`, JSON lines line by line here, because only then can a malformed line be named by file
+and number, or skipped without losing its neighbours; everything else is read by `datasets`.
 
-Promised: every record of every file is yielded exactly once, as a `Document` or as a `Rejected` with the reason.
+Promised: every record of every file is yielded exactly once, as a `Document` or as a `Rejected` with the reason. A
+blank line of JSON lines is no record, but it has a number.
 """
 
 from __future__ import annotations
@@ -42,8 +43,13 @@ _FORMATS = {
     ".txt": "text", ".md": "text", ".rst": "text",
 }  # fmt: skip
 _COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
-_LOADERS = {"parquet": {}, "arrow": {}, "csv": {}, "text": {"sample_by": "document"}}
+_LOADERS = {"arrow": {}, "csv": {}, "text": {"sample_by": "document"}}
+_MISSING = object()
 NO_SOURCE = "unknown"
+
+Reason = Literal["empty", "malformed", "undecodable"]
+_Problem = tuple[Reason, str]  # and what exactly
+_Record = Mapping[str, Any] | _Problem | None  # None: a blank line
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +65,7 @@ class Document:
 class Rejected:
     """A record that gave no document."""
 
-    reason: Literal["empty", "malformed", "undecodable"]
+    reason: Reason
 
 
 Advance = Callable[[int], None]
@@ -122,77 +128,67 @@ class Documents:
         """Stream the records of one file; `advance` is told of the bytes on disk that were read.
 
         Raises:
-            CorpusError: a record is malformed or undecodable and `on_error` is `raise`; a column is missing.
+            CorpusError: a record is malformed or undecodable and `on_error` is `raise`; the first record has no such
+                column; the file cannot be read (to its end).
 
         """
         read = _Reading(self.disk_bytes(name), advance)
-        records = self._records(name, read)
-        columns = None
-        for row, (record, problem) in enumerate(records, start=1):
-            if record is not None and columns is None:
-                columns = _find_columns(record, self.settings.columns, name)
+        columns, checked = self.settings.columns, False
+        for row, record in enumerate(self._records(name, read), start=1):
             read.row(row)
-            if record is None or columns is None:
-                yield self._reject(name, row, *problem)
+            if record is None:
                 continue
-            text = _reach(record, columns.text)
-            if text is None or text == "":
-                yield Rejected("empty")
-            elif not isinstance(text, str):
-                yield self._reject(name, row, "malformed", f"`{columns.text}` is {type(text).__name__}, not text")
-            elif not _encodable(text):
-                yield self._reject(name, row, "undecodable", "the text has half of a surrogate pair")
-            else:
-                given = _reach(record, columns.id) if columns.id else None
-                source = _reach(record, columns.source) if columns.source else None
-                yield Document(
-                    id=f"{name}:{row}" if given is None else str(given),
-                    text=text,
-                    source=NO_SOURCE if source is None else str(source),
-                )
+            if not checked and not isinstance(record, tuple):
+                _check_columns(record, columns, name)
+                checked = True
+            made = record if isinstance(record, tuple) else _document(record, columns, f"{name}:{row}")
+            yield made if isinstance(made, Document) else self._rejected(name, row, *made)
         read.to_end()
 
-    def _reject(self, name: str, row: int, reason: Literal["malformed", "undecodable"], why: str) -> Rejected:
-        if self.settings.on_error == "skip":
+    def _rejected(self, name: str, row: int, reason: Reason, why: str) -> Rejected:
+        if reason == "empty" or self.settings.on_error == "skip":
             return Rejected(reason)
-        line = "line" if self.base and _format(self.base / name, self.settings.format) == "jsonl" else "row"
         raise CorpusError(
-            f"{name}, {line} {row}: {reason} record.",
+            f"{name}, {'line' if self._kind(name) == 'jsonl' else 'row'} {row}: {reason} record.",
             facts={"because": why},
             remedy="Mend the file, or set `on_error: skip` to count such records and go on.",
         )
 
-    def _records(self, name: str, read: _Reading) -> Iterator[tuple[Mapping[str, Any] | None, Any]]:
-        if self.dataset is not None:
-            return ((record, None) for record in self.dataset)
-        if self.settings.hub is not None:
-            return ((record, None) for record in _load_hub(self.settings))
-        assert self.base is not None
-        path = self.base / name
-        kind = _format(path, self.settings.format)
-        if kind == "jsonl":
-            return _json_lines(path, read)
-        if kind == "parquet":
-            read.of_rows = pq.ParquetFile(path).metadata.num_rows
-        return ((record, None) for record in _load(path, kind, self.settings.split))
+    def _kind(self, name: str) -> str:
+        return "a data set" if self.base is None else _format(self.base / name, self.settings.format)
+
+    def _records(self, name: str, read: _Reading) -> Iterator[_Record]:
+        kind = self._kind(name)
+        with _corpus_errors(f"{self.settings.hub or name} cannot be read as {kind}."):
+            if self.base is None:
+                yield from self.dataset if self.dataset is not None else _load_hub(self.settings)
+            elif kind == "jsonl":
+                yield from _json_lines(self.base / name, read)
+            elif kind == "parquet":
+                yield from _parquet(self.base / name, read)
+            else:
+                yield from _load(self.base / name, kind, self.settings.split)
 
 
-def open_documents(source: CorpusSettings | datasets.Dataset, group_bytes: int = 32_000_000) -> Documents:
+def open_documents(
+    source: CorpusSettings | datasets.Dataset,
+    group_bytes: int = 32_000_000,
+    columns: Columns | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+) -> Documents:
     """Open a corpus: find its files, hash their contents, and group them for reading.
 
-    Consecutive files are put into one group until it has `group_bytes` on disk.
+    Consecutive files are put into one group until it has `group_bytes` on disk. `columns` and `on_error` are those of
+    a `Dataset`; settings have their own.
 
     Raises:
-        CorpusError: no file matches, a format is not known, the data set cannot be found.
+        CorpusError: no file matches, a format is not known, the data set cannot be found or is not a `Dataset`.
 
     """
     if not isinstance(source, CorpusSettings):
-        return Documents(
-            settings=CorpusSettings(files="(a Dataset)"),
-            fingerprint=_digest(["dataset", source._fingerprint]),
-            groups=(("dataset",),),
-            dataset=source,
-        )
+        given = CorpusSettings(files="(a Dataset)", columns=columns or Columns(), on_error=on_error)
+        what = given.model_dump(mode="json", include={"columns", "on_error"})
+        return Documents(given, _digest(["dataset", _identity(source), what]), (("dataset",),), dataset=source)
     what = source.model_dump(mode="json", include={"format", "columns", "on_error", "split", "config"})
     if source.hub is not None:
         commit = _hub_commit(source.hub, source.revision)
@@ -212,13 +208,25 @@ def open_documents(source: CorpusSettings | datasets.Dataset, group_bytes: int =
     return Documents(source, _digest(["files", list(zip(names, hashes, strict=True)), what]), groups, base)
 
 
+def _identity(source: Any) -> str:
+    import datasets
+
+    if isinstance(source, datasets.Dataset):
+        return str(source._fingerprint)
+    raise CorpusError(
+        f"documents cannot be read from a value of type {type(source).__name__}.",
+        facts={"expected": "a datasets.Dataset, or files, or a data set on the Hub"},
+        remedy='Pass one split of a DatasetDict (`data["train"]`); write an IterableDataset to files first.',
+    )
+
+
 def _find_files(patterns: Sequence[str]) -> list[Path]:
     """Every file (or `save_to_disk` folder) that the patterns name, in order of path, each once."""
     found: set[Path] = set()
     for pattern in patterns:
         path = Path(pattern).expanduser()
-        matches = [Path(m) for m in glob.glob(str(path), recursive=True)]  # noqa: PTH207 if glob.has_magic(str(path)) else [path]
-        matches = [m for m in matches if m.exists()]
+        named = [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207
+        matches = [m for m in named if m.exists()]
         if not matches:
             raise CorpusError(f"no file matches {pattern!r}.", facts={"looked in": Path.cwd()})
         for match in matches:
@@ -270,30 +278,43 @@ def _group(names: Sequence[str], sizes: Sequence[int], group_bytes: int) -> tupl
     return tuple(tuple(group) for group in groups)
 
 
-def _json_lines(path: Path, read: _Reading) -> Iterator[tuple[Mapping[str, Any] | None, Any]]:
+@contextlib.contextmanager
+def _corpus_errors(summary: str) -> Iterator[None]:
+    """Turn what readers raise (ArrowInvalid, OSError, zlib.error, ...: they raise what they like) into CorpusError."""
+    try:
+        yield
+    except CorpusError:
+        raise
+    except Exception as error:
+        because = (str(error).strip() or repr(error)).splitlines()[0]
+        raise CorpusError(summary, facts={"because": because}) from error
+
+
+def _json_lines(path: Path, read: _Reading) -> Iterator[_Record]:
     with path.open("rb") as raw, _decompressed(raw, path) as file:
         read.position = raw.tell
-        lines = iter(file)
-        while True:
-            try:
-                line = next(lines, None)
-            except Exception as error:  # each compression library has its own
+        may_be_array = _suffix(path) == ".json"
+        for line in file:
+            if not line.strip():
+                yield None
+                continue
+            if may_be_array and line.lstrip().startswith(b"["):
                 raise CorpusError(
-                    f"{path.name} cannot be read to its end.", facts={"because": error}, remedy="Is it truncated?"
-                ) from error
-            if line is None:
-                return
+                    f"{path.name} is one JSON array.",
+                    facts={"expected": "JSON lines: one object to a line"},
+                    remedy=f"Convert it, for example with: jq -c '.[]' {path.name}",
+                )
+            may_be_array = False
             try:
                 record = json.loads(line)
             except UnicodeDecodeError as error:
-                yield None, ("undecodable", str(error))
-            except ValueError as error:
-                yield None, ("malformed", str(error) if line.strip() else "the line is empty")
+                yield "undecodable", str(error)
+            except (ValueError, RecursionError) as error:
+                yield "malformed", str(error)
             else:
-                if isinstance(record, dict):
-                    yield record, None
-                else:
-                    yield None, ("malformed", f"a JSON {type(record).__name__}, not an object")
+                yield (
+                    record if isinstance(record, dict) else ("malformed", f"a JSON {type(record).__name__}, no object")
+                )
 
 
 def _decompressed(raw: BinaryIO, path: Path) -> Any:
@@ -301,31 +322,29 @@ def _decompressed(raw: BinaryIO, path: Path) -> Any:
     return contextlib.nullcontext(raw) if kind is None else fsspec.compression.compr[kind](raw, mode="rb")
 
 
-def _load(path: Path, kind: str, split: str) -> Iterator[Mapping[str, Any]]:
+def _parquet(path: Path, read: _Reading) -> Iterator[_Record]:
+    with pq.ParquetFile(path) as file:
+        read.of_rows = file.metadata.num_rows
+        for batch in file.iter_batches(batch_size=1000):
+            yield from batch.to_pylist()
+
+
+def _load(path: Path, kind: str, split: str) -> Iterator[_Record]:
     import datasets
 
-    try:
-        if kind == "saved":
-            loaded = datasets.load_from_disk(str(path))
-            if isinstance(loaded, datasets.DatasetDict):
-                if split not in loaded:
-                    raise CorpusError(f"{path} has no split {split!r}.", facts={"splits": ", ".join(loaded)})
-                loaded = loaded[split]
-        else:
-            options = _LOADERS[kind]
-            loaded = datasets.load_dataset(kind, data_files=[str(path)], split="train", streaming=True, **options)
-        yield from loaded
-    except CorpusError:
-        raise
-    except Exception as error:
-        # The readers under `datasets` raise what they like: ArrowInvalid, OSError, ValueError, ...
-        raise CorpusError(
-            f"{path.name} cannot be read as {kind}.",
-            facts={"because": str(error).splitlines()[0] if str(error) else error},
-        ) from error
+    if kind == "saved":
+        loaded = datasets.load_from_disk(str(path))
+        if isinstance(loaded, datasets.DatasetDict):
+            if split not in loaded:
+                raise CorpusError(f"{path} has no split {split!r}.", facts={"splits": ", ".join(loaded)})
+            loaded = loaded[split]
+    else:
+        files = [glob.escape(str(path))]
+        loaded = datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **_LOADERS[kind])
+    yield from loaded
 
 
-def _load_hub(settings: CorpusSettings) -> Iterator[Mapping[str, Any]]:
+def _load_hub(settings: CorpusSettings) -> Iterator[_Record]:
     import datasets
 
     yield from datasets.load_dataset(
@@ -336,49 +355,60 @@ def _load_hub(settings: CorpusSettings) -> Iterator[Mapping[str, Any]]:
 def _hub_commit(name: str, revision: str | None) -> str:
     from huggingface_hub import HfApi
 
-    try:
-        commit = HfApi().dataset_info(name, revision=revision).sha
-    except Exception as error:
-        raise CorpusError(
-            f"the data set {name!r} cannot be found on the Hub.", facts={"because": str(error).splitlines()[0]}
-        ) from error
-    return str(commit)
+    with _corpus_errors(f"the data set {name!r} cannot be found on the Hub."):
+        return str(HfApi().dataset_info(name, revision=revision).sha)
 
 
-def _find_columns(record: Mapping[str, Any], wanted: Columns, name: str) -> Columns:
-    """Settle which columns are read, by the first record of a file."""
-    there = _names_in(record)
+def _check_columns(record: Mapping[str, Any], wanted: Columns, name: str) -> None:
+    """Refuse a file whose first record lacks a column that is asked for."""
     for column in (wanted.text, wanted.id, wanted.source):
-        if column is not None and column not in there and "." not in column:
+        if column is not None and _reach(record, column, _MISSING) is _MISSING:
             raise CorpusError(
                 f"{name} has no column {column!r}.",
-                facts={"columns": ", ".join(there)},
+                facts={"columns": ", ".join(_names_in(record))},
                 remedy="Name it under `columns: {text: ..., id: ..., source: ...}`.",
             )
-    first = next((c for c in _SOURCE_COLUMNS if _reach(record, c) is not None), None)
-    return Columns(
-        text=wanted.text,
-        id=wanted.id or ("id" if "id" in record else None),
-        source=wanted.source or first,
-    )
+
+
+def _document(record: Mapping[str, Any], columns: Columns, place: str) -> Document | _Problem:
+    """The document of a record, `place` its id if it has none, or why there is none."""
+    text = _reach(record, columns.text, _MISSING)
+    if text is _MISSING:
+        return "malformed", f"no such column: `{columns.text}`"
+    if text is None or text == "":
+        return "empty", "no text"
+    if not isinstance(text, str):
+        return "malformed", f"`{columns.text}` is {type(text).__name__}, not text"
+    given = _reach(record, columns.id or "id")
+    sources = (_reach(record, column) for column in ([columns.source] if columns.source else _SOURCE_COLUMNS))
+    source = next((str(value) for value in sources if value not in (None, "")), NO_SOURCE)
+    document = Document(place if given is None else str(given), text, source)
+    for field, value in (("text", text), ("id", document.id), ("source", source)):
+        if not _encodable(value):
+            return "undecodable", f"the {field} has half of a surrogate pair"
+    return document
 
 
 def _names_in(record: Mapping[str, Any]) -> list[str]:
     return [n for k, v in record.items() for n in ([k] if not isinstance(v, dict) else [f"{k}.{i}" for i in v])]
 
 
-def _reach(record: Mapping[str, Any], column: str) -> Any:
-    """The value at a dotted column; None if any step is missing."""
+def _reach(record: Mapping[str, Any], column: str, missing: Any = None) -> Any:
+    """The value at a column, or at the end of a dotted one's steps; `missing` if a step is; None at the first null."""
+    if column in record:
+        return record[column]
     value: Any = record
     for step in column.split("."):
         if isinstance(value, str) and value.startswith("{"):  # some copies of the Pile keep `meta` as JSON text
             try:
                 value = json.loads(value)
-            except ValueError:
-                return None
-        if not isinstance(value, Mapping):
+            except (ValueError, RecursionError):
+                return missing
+        if value is None:
             return None
-        value = value.get(step)
+        if not isinstance(value, Mapping) or step not in value:
+            return missing
+        value = value[step]
     return value
 
 

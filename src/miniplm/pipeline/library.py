@@ -102,9 +102,12 @@ def prepare(
             source = CorpusSettings.model_validate(
                 {"files": files, "columns": columns or Columns(), "on_error": on_error}
             )
+        which = Columns.model_validate(columns or {})
+        skipping = CorpusSettings.model_validate({"files": "", "on_error": on_error}).on_error
     except ValidationError as error:
         raise _refused(error) from error
-    return preparing.prepare(open_documents(source, block_bytes), settings, out)
+    documents = open_documents(source, block_bytes, which, skipping)
+    return preparing.prepare(documents, settings, out)
 
 
 def train(
