@@ -84,6 +84,7 @@ def test_examples_are_what_their_headings_say(finished: Chain) -> None:
     assert all(example["row"] in kept for example in effects["hard_kept"])
     assert not any(example["row"] in kept for example in effects["easy_dropped"] + effects["noisy_dropped"])
     assert all(example["score"] < 0 for example in effects["noisy_dropped"])
+    assert all(example["score"] >= 0 for example in effects["easy_dropped"] + effects["hard_kept"])
     assert bool(effects["noisy_dropped"]) != ("noisy_dropped" in effects["notes"])
     for example in effects["hard_kept"] + effects["easy_dropped"]:
         assert example["score"] == pytest.approx(score[example["row"]])

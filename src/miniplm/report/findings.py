@@ -257,7 +257,7 @@ def _effects(pool: Packed, teacher: Scores, reference: Scores, kept: NDArray[np.
     if not len(noisy):
         notes["noisy_dropped"] = "No instance that was dropped scored below 0."
     return {
-        "easy_dropped": examples(easy[~kept[easy]]),
+        "easy_dropped": examples(easy[~kept[easy] & (score[easy] >= 0)]),
         "hard_kept": examples(hard[kept[hard]]),
         "noisy_dropped": examples(noisy),
         "notes": notes,
