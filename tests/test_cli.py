@@ -18,7 +18,7 @@ from miniplm import cli
 from miniplm.recipe import load
 
 HOSTILE = "\x1b[31mred\x1b[0m <script>alert(1)</script> \u202e\x07"
-VERBS = ("plan", "run", "prepare", "score", "select", "train", "eval", "show", "verify")
+VERBS = ("plan", "run", "report", "prepare", "score", "select", "train", "eval", "show", "verify")
 
 RECIPE = """
 schema: 1

@@ -136,8 +136,8 @@ def prepare(
     on_error: Annotated[str, typer.Option(help="raise, or skip to count malformed records and go on")] = "raise",
 ) -> None:
     """Split documents into parts, tokenise and pack them."""
+    from miniplm.packing.prepare import counts_table
     from miniplm.pipeline.library import prepare as prepare_corpus
-    from miniplm.pipeline.run import counts_table
 
     shares = _pairs(split, "--split")
     if bad := [share for share in shares.values() if not _is_number(share)]:

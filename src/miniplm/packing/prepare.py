@@ -127,6 +127,16 @@ def open_corpus(path: Path | str) -> Corpus:
     return Corpus(Path(path), artifact.read(path, kind="corpus"))
 
 
+def counts_table(counts: Mapping[str, Any]) -> list[str]:
+    """What `prepare` counted, as lines: documents, tokens and instances of each part, and what was left out."""
+    columns = ("documents", "tokens_in", "tokens_out", "leftover_tokens", "instances")
+    lines = [f"{'part':<10}" + "".join(f"{name.replace('_', ' '):>17}" for name in columns)]
+    for part, found in counts["parts"].items():
+        lines.append(f"{part:<10}" + "".join(f"{found[name]:>17,}" for name in columns))
+    left_out = ", ".join(f"{counts[reason]:,} {reason}" for reason in ("empty", "malformed", "undecodable"))
+    return [*lines, f"left out: {left_out}"]
+
+
 def _prepare(
     work: Workspace, what: Identity, documents: Documents, settings: PrepareSettings, engine: Engine
 ) -> Mapping[str, Any]:

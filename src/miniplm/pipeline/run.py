@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from miniplm import artifact
 from miniplm.errors import ArtifactMissingError, RecipeError
+from miniplm.packing.prepare import counts_table
 from miniplm.pipeline.chain import Chain, Stage
 from miniplm.recipe import Recipe, TrainSettings
 
@@ -80,16 +81,6 @@ def run(stages: Chain, only: str | None = None, say: Callable[[str], None] = lam
         if stage.identity.kind == "corpus":
             say("\n".join(counts_table(artifact.read(stage.path).counts)))
     return made
-
-
-def counts_table(counts: Mapping[str, Any]) -> list[str]:
-    """What `prepare` counted, as lines: documents, tokens and instances of each part, and what was left out."""
-    columns = ("documents", "tokens_in", "tokens_out", "leftover_tokens", "instances")
-    lines = [f"{'part':<10}" + "".join(f"{name.replace('_', ' '):>17}" for name in columns)]
-    for part, found in counts["parts"].items():
-        lines.append(f"{part:<10}" + "".join(f"{found[name]:>17,}" for name in columns))
-    left_out = ", ".join(f"{counts[reason]:,} {reason}" for reason in ("empty", "malformed", "undecodable"))
-    return [*lines, f"left out: {left_out}"]
 
 
 def write_recipe(root: Path, recipe: Recipe) -> None:
