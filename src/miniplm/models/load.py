@@ -133,6 +133,11 @@ def hub_commit(given: GivenModel) -> str:
         ) from error
 
 
+def name_of(given: GivenModel) -> str:
+    """Which model this is, for people: the folder, or the Hub id with its commit."""
+    return given.model if Path(given.model).expanduser().is_dir() else f"{given.model}@{hub_commit(given)}"
+
+
 def choose_device(wanted: str) -> torch.device:
     """The device that `compute.device` stands for: `auto` is CUDA where there is one, else the CPU.
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from miniplm.models.flops import forward_flops
 from miniplm.models.head import check_head, head_of, hidden_states, token_logp
-from miniplm.models.load import choose_device, load_model, own_vocabulary
+from miniplm.models.load import choose_device, load_model, name_of, own_vocabulary
 from miniplm.recipe import Compute, GivenModel, Precision
 
 
@@ -27,13 +27,17 @@ class HuggingFaceScorer:
     Args:
         model: in evaluation mode, on its device. Raises ModelError if its head is not linear.
         vocabulary: token -> id of the model's own tokenizer, where it is known; compared with that of the instances.
+        name: what provenance calls it.
 
     """
 
-    def __init__(self, model: PreTrainedModel, vocabulary: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, vocabulary: Mapping[str, int] | None = None, name: str = "a model in memory"
+    ) -> None:
         check_head(model)
         self.model = model
         self.vocabulary = vocabulary
+        self.name = name
         weight, self.bias = head_of(model)
         self.weight = weight if weight.is_cuda else weight.float()  # once, not for every batch
 
@@ -65,4 +69,4 @@ class HuggingFaceScorer:
 def load_scorer(given: GivenModel, dtype: Precision, compute: Compute) -> HuggingFaceScorer:
     """Load a model and make a scorer of it. Raises ModelError if it cannot be loaded or used."""
     device = choose_device(compute.device)
-    return HuggingFaceScorer(load_model(given, dtype, str(device)), own_vocabulary(given))
+    return HuggingFaceScorer(load_model(given, dtype, str(device)), own_vocabulary(given), name_of(given))

@@ -127,6 +127,7 @@ def score_shards(
         if waiting:
             scorer = make_scorer()
             _check_fits(packed, scorer)
+            work.provenance["model"] = str(getattr(scorer, "name", type(scorer).__name__))
 
             def run(task: _Task) -> int:
                 table = score_instances(
