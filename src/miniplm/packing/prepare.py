@@ -5,10 +5,9 @@
                                                               all blocks' remainders, in order, packed once more ◄┘
 
 In: `Documents` and `PrepareSettings`. Out: a folder with one packed part each (`pool/`, `reference/`, ...) and
-`tokenizer/`. A block
-is about `block_bytes` of text of one group of files: the unit of work, of retry and of commit. Blocks know nothing of
-each other, so any worker may take any group, and the bytes are the same. Memory: one block, and at the end what all
-blocks leave over (less than an instance for each block, part and source).
+`tokenizer/`. A block is about `block_bytes` of text of one group of files: the unit of work, of retry and of commit.
+Blocks know nothing of each other, so any worker may take any group, and the bytes are the same. Memory: one block, and
+at the end what all blocks leave over (less than an instance for each block, part and source).
 
 Promised, and counted in the manifest: every document is in exactly one part; tokens in = tokens out + leftovers.
 """
