@@ -328,8 +328,14 @@ class Stop:
     ("stage", "folder", "target", "calls", "state"),
     [
         ("prepare", "corpus", "miniplm.packing.prepare._pack_remainders", 0, "begun {blocks} blocks"),
-        ("score/teacher", "scores/teacher", "miniplm.scoring.score._commit", 2, "begun 2 of {pool} shards"),
-        ("evaluate/control", "evaluations/control", "miniplm.scoring.score._commit", 1, "begun 1 of {held_out} shards"),
+        ("score/teacher", "scores/teacher", "miniplm.scoring.score._refuse_no_numbers", 2, "begun 2 of {pool} shards"),
+        (
+            "evaluate/control",
+            "evaluations/control",
+            "miniplm.scoring.score._refuse_no_numbers",
+            1,
+            "begun 1 of {held_out} shards",
+        ),
         (
             "students/control",
             "students/control",
@@ -521,7 +527,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_with_both_number
         (["score", "{pool}", "--model", "{model}", "--dtype", "float64"], ["dtype", "float64"]),
         (["score", "{pool}", "--model", "{model}", "--counted", "some"], ["counted", "some"]),
         (["score", "{pool}", "--model", "{model}", "--device", "gpu"], ["device", "gpu"]),
-        (["score", "{pool}", "--model", "{model}", "--batch", "0"], ["batch", "0"]),
+        (["score", "{pool}", "--model", "{model}", "--batch-tokens", "0"], ["batch", "0"]),
         (["score", "{pool}", "--model", "no/such/model"], ["no/such/model"]),
         (["score", "{corpus}", "--model", "{model}"], ["corpus", "packed"]),
         (["eval", "{model}", "--held-out", "{pool}", "--dtype", "float64"], ["dtype", "float64"]),

@@ -110,7 +110,7 @@ def test_where_the_corpus_and_the_run_lie_does_not_matter(corpus: Path, tmp_path
     ("key", "value"),
     [
         ("device", "cpu"),
-        ("score_batch", 3),
+        ("score_tokens", 3),
         ("train_micro_batch", 2),
         ("compile", False),
         ("checkpoints", 1),

@@ -256,7 +256,7 @@ def test_an_override_that_is_none_is_refused_as_it_was_typed(override: str) -> N
     ("overrides", "key", "found"),
     [
         (["select.difference.ratio=1.5"], "select.difference.ratio", "1.5"),
-        (["compute.score_batch=0"], "compute.score_batch", "0"),
+        (["compute.score_tokens=0"], "compute.score_tokens", "0"),
         (["compute.device=gpu"], "compute.device", "'gpu'"),
         (["evaluate.held_out=maybe"], "evaluate.held_out", "'maybe'"),
         (["select.other.sampler=random", "select.other.ratio=2"], "select.other.ratio", "2"),

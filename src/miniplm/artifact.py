@@ -24,6 +24,7 @@ import json
 import os
 import platform
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -124,7 +125,8 @@ class Workspace:
         """
         final = self.path / name
         final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = final.with_name(final.name + _TEMPORARY)
+        # a name of its own: a worker that was given up may still be writing the same part elsewhere
+        temporary = final.with_name(f"{final.name}.{socket.gethostname()}-{os.getpid()}{_TEMPORARY}")
         with storage(final):
             yield temporary
             fsync_tree(temporary)

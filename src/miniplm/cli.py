@@ -42,7 +42,11 @@ OutOption = Annotated[Path, typer.Option(help="Folder to make; must not be there
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
 CountedOption = Annotated[str, typer.Option(help="Which targets count: all, skip_after_separator")]
 DtypeOption = Annotated[str, typer.Option(help="Weights in float32, bfloat16 or float16.")]
-BatchOption = Annotated[int, typer.Option("--batch", help="Instances per forward pass.")]
+BatchOption = Annotated[int, typer.Option("--batch-tokens", help="Tokens per forward pass.")]
+EngineOption = Annotated[str, typer.Option(help="local, or ray: on all the machines of a Ray cluster.")]
+TokenizerOption = Annotated[
+    str, typer.Option("--tokenizer", help="packed, or own: the text under the model's own tokenizer.")
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -165,7 +169,7 @@ def score(
     counted: CountedOption = "all",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     device: DeviceOption = "auto",
-    batch: BatchOption = 32,
+    batch: BatchOption = 16_384,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")
     ] = False,
@@ -177,7 +181,7 @@ def score(
 
     given = GivenModel(model=model, revision=revision, trust_remote_code=trust_remote_code)
     how: Any = {"dtype": dtype, "counted": counted}
-    scores = score_part(open_packed(packed), given, out=out, compute=_compute(device=device, score_batch=batch), **how)
+    scores = score_part(open_packed(packed), given, out=out, compute=_compute(device=device, score_tokens=batch), **how)
     loss = -scores.logp.sum() / scores.n_tokens.sum()
     typer.echo(f"{len(scores):,} instances, {loss:.4f} nats per token: {out}")
 
@@ -258,14 +262,14 @@ def evaluate(
     dtype: DtypeOption = "bfloat16",
     counted: CountedOption = "all",
     device: DeviceOption = "auto",
-    batch: BatchOption = 32,
+    batch: BatchOption = 16_384,
 ) -> None:
     """Measure a model on held-out instances."""
     from miniplm.packing.instances import open_packed
     from miniplm.pipeline.library import evaluate as evaluate_model
 
     how: Any = {"dtype": dtype, "counted": counted}
-    compute = _compute(device=device, score_batch=batch)
+    compute = _compute(device=device, score_tokens=batch)
     typer.echo(evaluate_model(model, held_out=open_packed(held_out), out=out, compute=compute, **how))
 
 

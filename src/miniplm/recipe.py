@@ -32,6 +32,7 @@ Ratio = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 Counted = Literal["all", "skip_after_separator"]
+Documents = Literal["attend", "isolate"]
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
@@ -144,6 +145,36 @@ class GivenModel(Settings):
     trust_remote_code: bool = False
 
 
+class ServerModel(Settings):
+    """A trained model behind an OpenAI-compatible server that tells the log-probabilities of a prompt.
+
+    What it is, is its name and `revision`: nobody can hash weights that are elsewhere. The URL is not part of it.
+    """
+
+    server: str = Field(pattern=r"^https?://", description="base URL, with /v1: http://localhost:8000/v1")
+    model: str = Field(description="as the server calls it")
+    revision: str = Field("", description="whatever tells one state of the served weights from another")
+    dialect: Literal["auto", "vllm", "echo"] = Field("auto", description="`prompt_logprobs`, or `echo` with `logprobs`")
+    send: Literal["ids", "text"] = Field(
+        "ids", description="the prompt as token ids; `text` where a server takes no ids"
+    )
+    tokenizer: str | None = Field(None, description="its tokenizer: folder or Hub id; needed for `tokenizer: own`")
+    key_env: str = Field(
+        "MINIPLM_SERVER_KEY", description="the environment variable that holds the key, if one is needed"
+    )
+
+
+class VllmModel(Settings):
+    """A trained model, scored by vLLM's offline engine instead of transformers."""
+
+    vllm: str = Field(description="Hub id or folder")
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+ScoredModel = GivenModel | ServerModel | VllmModel
+
+
 class TrainSettings(Settings):
     """A model trained from scratch. What is None comes from the preset.
 
@@ -185,6 +216,26 @@ class ScoreSettings(Settings):
 
     dtype: Precision = "bfloat16"
     counted: Counted = "all"
+    documents: Documents = Field(
+        "attend", description="attend: over the whole instance, as the paper; isolate: each alone"
+    )
+    tokenizer: Literal["packed", "own"] = Field("packed", description="own: the text, under each model's own tokenizer")
+    quantize: Literal["none", "int8", "fp8"] = Field("none", description="linear layers of the teacher, by torchao")
+
+
+class ProxySettings(Settings):
+    """A small model that predicts log p(x) − log p_ref(x) for the pool (paper, appendix E).
+
+    Teacher and reference score a random share of the pool; the reference model, given a scalar head on its mean-pooled
+    states, learns the difference per token from it and predicts it for the rest.
+    """
+
+    share: Ratio = Field(0.02, description="of the pool, scored with teacher and reference")
+    held_out: Share = Field(0.2, gt=0, description="of the scored share: what the proxy is measured on, not trained on")
+    epochs: int = Field(3, gt=0)
+    learning_rate: float = Field(3e-4, gt=0)
+    batch: int = Field(32, gt=0, description="instances")
+    seed: int = Field(0, ge=0, le=2**32 - 1)
 
 
 class SamplerSettings(Settings):
@@ -212,24 +263,48 @@ class EvaluateSettings(Settings):
     held_out: bool = True
 
 
+class RaySettings(Settings):
+    """Where Ray is and what a worker takes of it. A worker loads the model once."""
+
+    address: str | None = Field(None, description="None: RAY_ADDRESS, else a cluster of its own on this machine")
+    workers: int | None = Field(None, gt=0, description="None: as many as the cluster has room for, while it grows too")
+    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: float | None = Field(
+        None, ge=0, description="None: 1 where the cluster has GPUs and the stage a model"
+    )
+
+
 class Compute(Settings):
     """How, never what: nothing of this enters a fingerprint."""
 
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
-    engine: Literal["local"] = "local"
-    score_batch: int = Field(32, gt=0, description="instances per forward pass")
+    engine: Literal["local", "ray"] = "local"
+    ray: RaySettings = Field(default_factory=lambda: RaySettings())
+    score_tokens: int = Field(16_384, gt=0, description="tokens per forward pass, padding included")
+    server_concurrency: int = Field(16, gt=0, description="requests to a server at a time")
     train_micro_batch: int = Field(16, gt=0, description="instances per forward and backward pass, per device")
     compile: bool | Literal["auto"] = "auto"
     checkpoints: int = Field(10, gt=0, description="times a training run saves its state, for resuming")
     trainer: dict[str, Any] = Field({}, description="passed to transformers.TrainingArguments as it is")
 
 
+_BY_KEY: Mapping[str, type[Settings]] = {"server": ServerModel, "vllm": VllmModel, "model": GivenModel}
+
+
 def _model_kind(value: object) -> str:
-    return "given" if (isinstance(value, Mapping) and "model" in value) or isinstance(value, GivenModel) else "trained"
+    """The class that a model's settings are of, told by their keys; class names are no keys of a recipe."""
+    if isinstance(value, Settings):
+        return type(value).__name__
+    keys = value if isinstance(value, Mapping) else ()
+    return next((kind.__name__ for key, kind in _BY_KEY.items() if key in keys), TrainSettings.__name__)
 
 
 AnyModel = Annotated[
-    Annotated[GivenModel, Tag("given")] | Annotated[TrainSettings, Tag("trained")], Discriminator(_model_kind)
+    Annotated[GivenModel, Tag("GivenModel")]
+    | Annotated[ServerModel, Tag("ServerModel")]
+    | Annotated[VllmModel, Tag("VllmModel")]
+    | Annotated[TrainSettings, Tag("TrainSettings")],
+    Discriminator(_model_kind),
 ]
 
 
@@ -243,6 +318,7 @@ class Recipe(Settings):
     teacher: AnyModel
     reference: AnyModel
     score: ScoreSettings = ScoreSettings()
+    proxy: ProxySettings | None = Field(None, description="None: teacher and reference score the whole pool")
     select: dict[Name, SamplerSettings]
     students: dict[Name, StudentSettings] = {}
     evaluate: EvaluateSettings = EvaluateSettings()
@@ -270,6 +346,13 @@ class Recipe(Settings):
             raise _At(("prepare", "split"), "the teacher is trained here, but `teacher` leaves it no documents")
         if isinstance(self.reference, TrainSettings) and not self.prepare.split.reference:
             raise _At(("prepare", "split"), "the reference is trained here, but `reference` leaves it no documents")
+        for name, selection in self.select.items():
+            if self.score.tokenizer == "own" and selection.sampler == "difference" and selection.normalize == "token":
+                raise _At(
+                    ("select", name, "normalize"),
+                    "with score.tokenizer: own, a difference per token compares tokens of different tokenizers; "
+                    "use `normalize: byte`",
+                )
         if self.evaluate.held_out and not self.prepare.split.held_out:
             raise _At(("prepare", "split"), "evaluate.held_out is on, but `held_out` leaves no documents")
         return self
@@ -446,9 +529,8 @@ def _valid_names(path: tuple[str, ...], raw: Mapping[str, Any]) -> list[str]:
         models = _models_in(field.annotation)
         if not models:
             return []
-        model = models[-1]
-        if {GivenModel, TrainSettings} <= set(models) and isinstance(raw.get(step), Mapping) and "model" in raw[step]:
-            model = GivenModel
+        kind = _model_kind(raw.get(step))
+        model = next((m for m in models if m.__name__ == kind), models[-1])
         open_mapping = getattr(field.annotation, "__origin__", None) is dict
     return [f.alias or n for n, f in model.model_fields.items()] + (["like"] if model is StudentSettings else [])
 

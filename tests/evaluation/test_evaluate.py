@@ -25,7 +25,7 @@ from miniplm.packing.prepare import Corpus
 from miniplm.recipe import Compute, GivenModel
 
 T = 16
-CPU = Compute(device="cpu", score_batch=7)
+CPU = Compute(device="cpu", score_tokens=7 * T)
 
 
 @pytest.fixture(autouse=True)
@@ -159,7 +159,7 @@ def test_evaluating_again_with_other_batches_gives_the_same_bytes(
     evaluation: Evaluation, corpus: Corpus, tmp_path: Path
 ) -> None:
     miniplm.evaluate(
-        ByHand(), held_out=corpus.held_out, out=tmp_path / "again", compute=Compute(device="cpu", score_batch=100)
+        ByHand(), held_out=corpus.held_out, out=tmp_path / "again", compute=Compute(device="cpu", score_tokens=9000)
     )
     for name in artifact.read(tmp_path / "again").files:
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "evaluation" / name).read_bytes(), name

@@ -130,8 +130,10 @@ def test_an_instance_never_mixes_sources(tmp_path: Path, jsonl: Callable[..., Pa
 class Backwards:
     """An engine whose workers finish in another order."""
 
-    def run(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-        return map(function, reversed(list(items)))
+    def run(
+        self, make_worker: Callable[[Any], Any], items: Iterable[Any], advance: Callable[[int], None]
+    ) -> Iterator[Any]:
+        return map(make_worker(advance), reversed(list(items)))
 
 
 def test_the_bytes_do_not_depend_on_the_order_of_work(tmp_path: Path, jsonl: Callable[..., Path]) -> None:

@@ -74,7 +74,7 @@ def test_top_k_is_the_same_from_any_number_of_shards_written_in_any_order(tmp_pa
             columns = {"instance": rows, "logp": logp[rows], "n_tokens": np.full(len(rows), 1, np.int32)}
             columns |= {"n_bytes": np.full(len(rows), 1, np.int32), "source": ["s"] * len(rows)}
             pq.write_table(pa.table(columns), folder / f"part-{number:05d}.parquet")
-        picks.append(top_k(read_parts(folder, "p").logp, 123).tolist())
+        picks.append(top_k(read_parts(folder, "p", "t").logp, 123).tolist())
     assert picks[0] == picks[1] == picks[2] == slow_top_k(logp.tolist(), 123)
 
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaC
 from miniplm.models import head
 from miniplm.models.head import token_logp
 from miniplm.packing.instances import counted
-from miniplm.recipe import Compute, GivenModel
-from miniplm.scoring.huggingface import HuggingFaceScorer, load_scorer
+from miniplm.recipe import Compute, GivenModel, ScoreSettings
+from miniplm.scoring.huggingface import HuggingFaceScorer, load
 
 SEPARATOR = 7
 SCALE = 10.0  # of random weights
@@ -99,7 +99,7 @@ def slow_scores(
 
 
 def scorer_of(folder: Path, dtype: str = "float32") -> HuggingFaceScorer:
-    return load_scorer(GivenModel(model=str(folder)), dtype, Compute(device="cpu"))  # type: ignore[arg-type]
+    return load(GivenModel(model=str(folder)), ScoreSettings.model_validate({"dtype": dtype}), Compute(device="cpu"))
 
 
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

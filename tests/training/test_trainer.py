@@ -23,8 +23,8 @@ from miniplm.errors import ModelError, RecipeError, TrainingError
 from miniplm.models.load import new_model
 from miniplm.packing.instances import counted
 from miniplm.packing.prepare import Corpus
-from miniplm.recipe import Compute, Counted, GivenModel, TrainSettings
-from miniplm.scoring.huggingface import load_scorer
+from miniplm.recipe import Compute, Counted, GivenModel, ScoreSettings, TrainSettings
+from miniplm.scoring.load import load_scorer
 from miniplm.training import trainer as training
 from miniplm.training.data import Collator, TrainingOrder
 from miniplm.training.objectives import Batch, NextToken
@@ -195,7 +195,7 @@ def test_the_held_out_loss_of_the_curve_is_what_the_scorer_measures_on_the_same_
     rows = corpus.held_out.select(chosen).with_format("numpy")
     tokens = np.stack(list(rows["input_ids"]))
     mask = counted(tokens, rows["length"], corpus.held_out.separator, rule)
-    scorer = load_scorer(GivenModel(model=str(made.path)), "float32", Compute(device="cpu"))
+    scorer = load_scorer(GivenModel(model=str(made.path)), ScoreSettings(dtype="float32"), Compute(device="cpu"))
     expected = float(np.mean(-scorer.score(tokens, mask) / mask.sum(axis=1)))
     assert read_curve(made.path)[-1]["held_out_loss"] == pytest.approx(expected, abs=2e-5)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from miniplm.engine.base import Item, Result
+from miniplm.engine.base import Advance, Item, Result
 
 
 class LocalEngine:
-    """Calls the function for one item after the other, in this process."""
+    """One worker, in this process, for one item after the other."""
 
-    def run(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    def run(
+        self, make_worker: Callable[[Advance], Callable[[Item], Result]], items: Iterable[Item], advance: Advance
+    ) -> Iterator[Result]:
         """See `Engine.run`."""
-        return map(function, items)
+        return map(make_worker(advance), items)

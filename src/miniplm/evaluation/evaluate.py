@@ -15,6 +15,7 @@ from typing import Any
 
 from miniplm import artifact
 from miniplm.artifact import Identity, Workspace
+from miniplm.engine.base import Engine
 from miniplm.engine.local import LocalEngine
 from miniplm.evaluation.loss import ALL, Row, losses
 from miniplm.packing.instances import Packed
@@ -22,7 +23,7 @@ from miniplm.recipe import Compute, ScoreSettings
 from miniplm.scoring.base import Scores, open_scores, read_parts
 from miniplm.scoring.score import ScorerFactory, score_shards
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -44,19 +45,30 @@ class Evaluation:
 
 
 def identity(held_out: str, model: str, settings: ScoreSettings) -> Identity:
-    """What an evaluation is: `held_out` and `model` are fingerprints."""
-    return Identity("evaluation", VERSION, settings.model_dump(mode="json"), {"packed": held_out, "model": model})
+    """What an evaluation is: `held_out` and `model` are fingerprints.
+
+    Of the settings, dtype, tokenizer and what counts. A model is measured as it was trained: over whole instances, and
+    not quantised.
+    """
+    recipe = settings.model_dump(mode="json", include={"dtype", "counted", "tokenizer"})
+    return Identity("evaluation", VERSION, recipe, {"packed": held_out, "model": model})
 
 
 def evaluate(
-    held_out: Packed, make_scorer: ScorerFactory, out: Path, what: Identity, compute: Compute | None = None
+    held_out: Packed,
+    make_scorer: ScorerFactory,
+    out: Path,
+    what: Identity,
+    compute: Compute | None = None,
+    engine: Engine | None = None,
 ) -> Evaluation:
     """Measure a model on `held_out` into the artifact at `out`. Errors are those of scoring."""
 
     def work(workspace: Workspace) -> Mapping[str, Any]:
-        rule = what.recipe["counted"]
-        counts = score_shards(workspace, held_out, make_scorer, rule, compute or Compute(), LocalEngine(), "evaluate")
-        evaluation = _evaluation(read_parts(workspace.path, held_out.fingerprint))
+        settings = ScoreSettings.model_validate(what.recipe)
+        how, where = compute or Compute(), engine or LocalEngine()
+        counts = score_shards(workspace, held_out, make_scorer, settings, how, where, "evaluate")
+        evaluation = _evaluation(read_parts(workspace.path, held_out.fingerprint, counts["tokenizer"]))
         workspace.write_json("evaluation.json", [row.as_dict() for row in evaluation.rows])
         with workspace.part("evaluation.csv") as path:
             path.write_bytes(as_csv({what.inputs["model"][:12]: evaluation}).encode())

@@ -10,12 +10,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from miniplm import artifact
 from miniplm.artifact import MANIFEST
-from miniplm.errors import ModelError, RecipeError
-from miniplm.recipe import GivenModel, Precision
+from miniplm.errors import MissingExtraError, ModelError, RecipeError, TokenizerError
+from miniplm.packing import tokenizer as tokenizers
+from miniplm.packing.tokenizer import Tokenizer
+from miniplm.recipe import GivenModel, Precision, ScoredModel, ServerModel, VllmModel
 
 if TYPE_CHECKING:
     import torch
@@ -82,13 +84,49 @@ def load_model(given: GivenModel, dtype: Precision = "float32", device: str = "c
     return model.to(device).eval()
 
 
-def model_fingerprint(given: GivenModel) -> str:
-    """What a given model is, independent of where it lies.
+def quantize(model: PreTrainedModel, how: Literal["int8", "fp8"]) -> None:
+    """Quantise the backbone's linear layers in place, weights per row and activations per token; the head stays.
+
+    Raises:
+        MissingExtraError: `torchao` is not installed.
+        ModelError: this device cannot multiply so.
+
+    """
+    from torch import nn
+
+    try:
+        from torchao.quantization import (
+            Float8DynamicActivationFloat8WeightConfig,
+            Int8DynamicActivationInt8WeightConfig,
+            quantize_,
+        )
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("quantize", "torchao") from error
+    kinds = {"int8": Int8DynamicActivationInt8WeightConfig, "fp8": Float8DynamicActivationFloat8WeightConfig}
+    head = model.get_output_embeddings()
+    try:
+        quantize_(model, kinds[how](), filter_fn=lambda module, _: isinstance(module, nn.Linear) and module is not head)
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        raise ModelError(
+            f"the model cannot be quantised to {how} on {model.device}.",
+            facts={"because": str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__},
+            remedy="fp8 needs a GPU that multiplies in it (compute capability 8.9 or more); use int8 or none.",
+        ) from error
+
+
+def model_fingerprint(given: ScoredModel) -> str:
+    """What a given model is, independent of where it lies, and of what it is run with.
+
+    A model behind a server is its name and revision: its weights are out of reach.
 
     Raises:
         ModelError: it cannot be found.
 
     """
+    if isinstance(given, ServerModel):
+        return hashlib.sha256(json.dumps(["server", given.model, given.revision]).encode()).hexdigest()
+    if isinstance(given, VllmModel):
+        given = GivenModel(model=given.vllm, revision=given.revision, trust_remote_code=given.trust_remote_code)
     folder = Path(given.model).expanduser()
     if (folder / MANIFEST).is_file():
         return artifact.read(folder, kind="model").fingerprint
@@ -164,27 +202,29 @@ def check_vocabulary(tokenizer_vocab_size: int, model_vocab_size: int, model: st
         )
 
 
-def own_vocabulary(given: GivenModel) -> dict[str, int] | None:
-    """Token -> id of the tokenizer that lies beside a model; None if there is none that can be read."""
-    from miniplm.errors import TokenizerError
-    from miniplm.packing import tokenizer as tokenizers
-
+def own_tokenizer(given: GivenModel) -> Tokenizer | None:
+    """The tokenizer that lies beside a model; None if there is none that can be read."""
     folder = Path(given.model).expanduser()
     try:
         if folder.is_dir():
-            return tokenizers.load(folder).vocabulary if (folder / "tokenizer.json").is_file() else None
-        return tokenizers.load(given.model, hub_commit(given)).vocabulary
+            return tokenizers.load(folder) if (folder / "tokenizer.json").is_file() else None
+        return tokenizers.load(given.model, hub_commit(given))
     except TokenizerError:  # no fast tokenizer beside the weights: there is nothing to compare
         return None
 
 
+def positions(config: Mapping[str, Any]) -> int | None:
+    """How many tokens a model has positions for; None if it does not say."""
+    found = config.get("n_positions") or config.get("max_position_embeddings")
+    return None if found is None else int(found)
+
+
 def check_length(config: Mapping[str, Any], sequence_length: int) -> None:
     """Raise ModelError if a model has learned positions for fewer tokens than an instance has."""
-    positions = config.get("n_positions") or config.get("max_position_embeddings")
-    if positions is not None and sequence_length > positions:
+    if (there := positions(config)) is not None and sequence_length > there:
         raise ModelError(
             "the instances are longer than the model's positions.",
-            facts={"sequence_length": f"{sequence_length:,}", "positions": f"{positions:,}"},
+            facts={"sequence_length": f"{sequence_length:,}", "positions": f"{there:,}"},
             remedy="Use a model for longer texts, or prepare the corpus with a shorter sequence_length.",
         )
 

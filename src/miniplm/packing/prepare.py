@@ -19,6 +19,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import pyarrow.parquet as pq
 from miniplm import artifact
 from miniplm.artifact import Identity, Workspace
 from miniplm.corpus.sources import Document, Documents, Rejected
-from miniplm.engine.base import Engine
+from miniplm.engine.base import Advance, Engine
 from miniplm.engine.local import LocalEngine
 from miniplm.errors import ArtifactMissingError, CorpusError, CorpusTooSmallError
 from miniplm.packing import tokenizer as tokenizers
@@ -142,8 +143,8 @@ def _prepare(
     tokenizer = _tokenizer(work, documents, settings)
     total = sum(documents.disk_bytes(name) for name in documents.files)
     with progress("prepare", total or None, "B") as meter:
-        job = _Job(work, documents, settings, meter)
-        for _ in engine.run(job.pack_group, range(len(documents.groups))):
+        make_worker = partial(_Worker, work, documents, settings)
+        for _ in engine.run(make_worker, range(len(documents.groups)), meter.advance):
             pass
     ledgers = [pq.read_table(path) for path in sorted((work.path / _BLOCKS).glob("*.parquet"))]
     if not any(_counts(ledger)["documents"] for ledger in ledgers):
@@ -195,29 +196,26 @@ def _sample(documents: Documents, settings: PrepareSettings, meter: Meter) -> It
             yield document.text
 
 
-class _Job:
-    """What a worker needs to pack a group; the tokenizer is opened where the work is done."""
+class _Worker:
+    """Packs groups; the tokenizer is opened where the work is done."""
 
-    def __init__(self, work: Workspace, documents: Documents, settings: PrepareSettings, meter: Meter) -> None:
-        self.work, self.documents, self.settings, self.meter = work, documents, settings, meter
+    def __init__(self, work: Workspace, documents: Documents, settings: PrepareSettings, advance: Advance) -> None:
+        self.work, self.documents, self.settings, self.advance = work, documents, settings, advance
+        self.tokenizer = tokenizers.load(work.path / TOKENIZER)
+        self.ends = SentenceEnds(self.tokenizer) if settings.cut == "sentence" else None
 
-    def pack_group(self, group: int) -> None:
+    def __call__(self, group: int) -> None:
         """Pack every block of a group that is not there yet."""
-        tokenizer = tokenizers.load(self.work.path / TOKENIZER)
-        ends = SentenceEnds(tokenizer) if self.settings.cut == "sentence" else None
-        for number, block in enumerate(
-            _blocks(self.documents.read(group, self.meter.advance), self.settings.block_bytes)
-        ):
+        for number, block in enumerate(_blocks(self.documents.read(group, self.advance), self.settings.block_bytes)):
             name = f"{group:05d}-{number:05d}"
             if self.work.has(f"{_BLOCKS}/{name}.parquet"):
                 for _ in block:  # read on to where the next block begins
                     pass
             else:
-                self._pack_block(name, block, tokenizer, ends)
+                self._pack_block(name, block)
 
-    def _pack_block(
-        self, name: str, block: Iterator[Document | Rejected], tokenizer: Tokenizer, ends: SentenceEnds | None
-    ) -> None:
+    def _pack_block(self, name: str, block: Iterator[Document | Rejected]) -> None:
+        tokenizer = self.tokenizer
         length = self.settings.sequence_length + 1
         streams: defaultdict[tuple[str, str], Stream] = defaultdict(Stream)
         whole: defaultdict[str, list[Instances]] = defaultdict(list)
@@ -234,7 +232,7 @@ class _Job:
                 counts[f"bytes in {part}"] += len(document.text.encode())
             for part, source in sorted(touched):
                 if streams[part, source].waiting() >= length:
-                    instances, streams[part, source] = pack(streams[part, source], source, length, tokenizer, ends)
+                    instances, streams[part, source] = pack(streams[part, source], source, length, tokenizer, self.ends)
                     whole[part].append(instances)
         for part, pieces in sorted(whole.items()):
             with self.work.part(f"{part}/part-{name}.arrow") as path:

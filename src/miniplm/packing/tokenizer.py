@@ -81,6 +81,56 @@ class Tokenizer:
                 sizes[i] = len(token.replace("▁", " ").encode())
         return sizes
 
+    @cached_property
+    def spelling(self) -> tuple[bytes, ...]:
+        """The bytes that each id stands for, `[vocab_size]`; empty for special tokens.
+
+        Raises:
+            TokenizerError: the tokenizer is not byte-level; its tokens do not say exactly which text they were.
+
+        """
+        if not _has(self.backend.decoder, "ByteLevel"):
+            raise TokenizerError(
+                "the text of these tokens cannot be told exactly: the tokenizer is not byte-level.",
+                remedy="Prepare the corpus with a byte-level tokenizer (GPT-2's, Qwen's, Llama 3's, one trained here).",
+            )
+        byte_of = {character: bytes([byte]) for byte, character in enumerate(_byte_level_alphabet())}
+        spelt = [b""] * self.vocab_size
+        added = self.backend.get_added_tokens_decoder()
+        for token, i in self.vocabulary.items():
+            if i in added:
+                spelt[i] = b"" if added[i].special else added[i].content.encode()
+            else:
+                spelt[i] = b"".join(byte_of[character] for character in token)
+        return tuple(spelt)
+
+    @cached_property
+    def byte_ids(self) -> tuple[int | None, ...]:
+        """The id of each single byte, `[256]`; None where the vocabulary has none."""
+        alphabet = _byte_level_alphabet()
+        spelt = (f"<0x{byte:02X}>" if "<0x00>" in self.vocabulary else alphabet[byte] for byte in range(256))
+        return tuple(self.vocabulary.get(token) for token in spelt)
+
+    def verbatim(self) -> Tokenizer:
+        """The same tokenizer without its normaliser, if it is byte-level: what it encodes, it then encodes exactly."""
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        if _has(backend.decoder, "ByteLevel"):
+            backend.normalizer = None
+        return _finish(backend, self.separator)
+
+    def differing_token(self, theirs: Tokenizer) -> str | None:
+        """A token that means something else to `theirs`; None if it can read our ids.
+
+        Special tokens that only one of the two has do not matter, but the separator does.
+        """
+        special = {token.content for token in self.backend.get_added_tokens_decoder().values() if token.special}
+        special.discard(self.token(self.separator))
+        ids = theirs.vocabulary
+        for token, i in self.vocabulary.items():
+            if ids.get(token) != i and token not in special:
+                return token
+        return None
+
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         """The ids of each text, without separators; the Rust tokenizer's threads share the batch."""
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -183,6 +233,13 @@ def from_settings(settings: TokenizerSettings) -> Tokenizer:
     """Load the tokenizer that the settings name (not one that is to be trained)."""
     assert settings.name is not None
     return load(settings.name, settings.revision, settings.separator)
+
+
+def _byte_level_alphabet() -> list[str]:
+    """The printable character that stands for each byte in byte-level vocabularies (GPT-2's), `[256]`."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def _finish(backend: Any, separator: int) -> Tokenizer:

@@ -26,8 +26,9 @@ from miniplm.evaluation import evaluate as evaluating
 from miniplm.models.load import model_fingerprint
 from miniplm.packing import prepare as preparing
 from miniplm.packing.instances import Packed, packed_identity
+from miniplm.pipeline.engines import engine_of
 from miniplm.pipeline.stages import evaluate_model, score_part, select_rows, train_model
-from miniplm.recipe import CorpusSettings, GivenModel, Recipe, TrainSettings
+from miniplm.recipe import CorpusSettings, GivenModel, Recipe, ScoredModel, TrainSettings
 from miniplm.sampling.named import identity as selection_identity
 from miniplm.sampling.named import sampler_from
 from miniplm.scoring import score as scoring
@@ -102,7 +103,7 @@ def chain(recipe: Recipe, root: Path) -> Chain:
     make: Make
 
     def make_corpus(out: Path, _: Identity) -> object:
-        return preparing.prepare(open_corpus_documents(), recipe.prepare, out)
+        return preparing.prepare(open_corpus_documents(), recipe.prepare, out, engine_of(compute))
 
     what = preparing.identity(documents_fingerprint, recipe.prepare)
     corpus = stages.add("prepare", "corpus", what, after_documents, make_corpus)
@@ -116,7 +117,7 @@ def chain(recipe: Recipe, root: Path) -> Chain:
 
     models: dict[str, _Model] = {}
     for role, model in (("teacher", recipe.teacher), ("reference", recipe.reference)):
-        if isinstance(model, GivenModel):
+        if not isinstance(model, TrainSettings):
             models[role] = _Model(model_fingerprint(model), model, ())
             continue
         data, open_data = part(role)
@@ -126,7 +127,8 @@ def chain(recipe: Recipe, root: Path) -> Chain:
 
     scores: dict[str, Stage] = {}
     for role, scored in models.items():
-        what = scoring.identity(pool, scored.fingerprint, rule)
+        how = rule if role == "teacher" else rule.model_copy(update={"quantize": "none"})
+        what = scoring.identity(pool, scored.fingerprint, how)
         needs = ("prepare", *scored.stage)
         make = partial(score_part, open_pool, scored.given, compute)
         scores[role] = stages.add(f"score/{role}", f"scores/{role}", what, needs, make)
@@ -166,7 +168,7 @@ class _Model:
     """A model that is scored with or measured: what it is, where it lies, and the stage that makes it, if one does."""
 
     fingerprint: str
-    given: GivenModel
+    given: ScoredModel
     stage: tuple[str, ...]
 
     @classmethod

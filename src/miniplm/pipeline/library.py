@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import ValidationError
@@ -25,6 +26,7 @@ from miniplm.packing import prepare as preparing
 from miniplm.packing.instances import Packed, open_packed
 from miniplm.packing.prepare import Corpus
 from miniplm.packing.tokenizer import Tokenizer
+from miniplm.pipeline.engines import engine_of
 from miniplm.recipe import (
     Columns,
     Compute,
@@ -34,10 +36,12 @@ from miniplm.recipe import (
     Precision,
     PrepareSettings,
     SamplerSettings,
+    ScoredModel,
     ScoreSettings,
     Split,
     TrainSettings,
 )
+from miniplm.recipe import Documents as DocumentsRule
 from miniplm.sampling import base as selecting
 from miniplm.sampling.base import Pool, Selection
 from miniplm.sampling.named import identity as selection_identity
@@ -50,7 +54,7 @@ if TYPE_CHECKING:
 
     from miniplm.training.trainer import Checkpoint
 
-AnyModel = str | os.PathLike[str] | GivenModel | Scorer
+AnyModel = str | os.PathLike[str] | ScoredModel | Scorer
 
 
 def prepare(
@@ -64,6 +68,7 @@ def prepare(
     on_error: str = "raise",
     cut: str = "exact",
     block_bytes: int = 32_000_000,
+    compute: Compute | None = None,
 ) -> Corpus:
     """Split documents into parts, tokenise and pack them.
 
@@ -77,6 +82,7 @@ def prepare(
         on_error: `raise`, or `skip` to count malformed records and go on.
         cut: `exact`, or `sentence` as the paper's code does.
         block_bytes: text per shard.
+        compute: how: the engine.
 
     Raises:
         RecipeError: an argument cannot be used.
@@ -107,7 +113,7 @@ def prepare(
     except ValidationError as error:
         raise _refused(error) from error
     documents = open_documents(source, block_bytes, which, skipping)
-    return preparing.prepare(documents, settings, out)
+    return preparing.prepare(documents, settings, out, engine_of(compute or Compute()))
 
 
 def train(
@@ -170,26 +176,36 @@ def score(
     out: str | os.PathLike[str],
     dtype: Precision = "bfloat16",
     counted: Counted = "all",
+    documents: DocumentsRule = "attend",
+    tokenizer: Literal["packed", "own"] = "packed",
+    quantize: Literal["none", "int8", "fp8"] = "none",
     compute: Compute | None = None,
 ) -> Scores:
     """Score every instance of a packed part: log p in nats, summed over counted targets.
 
     Args:
         packed: the instances.
-        model: Hub id, folder, `Checkpoint`, `GivenModel`, or a `Scorer` of your own with a `fingerprint`.
+        model: Hub id, folder, `Checkpoint`, `GivenModel`, `ServerModel`, `VllmModel`, or a `Scorer` of your own with a
+            `fingerprint`.
         out: folder of the scores.
         dtype: of the weights; log-probabilities are float32 and sums float64 in any case.
         counted: which targets count.
-        compute: how: device, batch size.
+        documents: `attend` over the whole instance, as the paper does; `isolate` scores each document alone.
+        tokenizer: `own` scores the text of an instance under the model's own tokenizer, where it is another one.
+        quantize: the linear layers of the backbone, by torchao.
+        compute: how: device, batch size, engine.
 
     Raises:
-        ModelError, ScoreError, ArtifactError, StorageError: see `miniplm.errors`.
+        ModelError, TokenizerError, ScoreError, ArtifactError, StorageError: see `miniplm.errors`.
 
     """
-    settings = _score_settings(dtype, counted)
-    fingerprint, make_scorer = _scorer(model, dtype, compute or Compute())
+    compute = compute or Compute()
+    settings = _score_settings(
+        dtype=dtype, counted=counted, documents=documents, tokenizer=tokenizer, quantize=quantize
+    )
+    fingerprint, make_scorer = _scorer(model, settings, compute)
     what = scoring.identity(packed.fingerprint, fingerprint, settings)
-    return scoring.score(packed, make_scorer, Path(out), what, compute)
+    return scoring.score(packed, make_scorer, Path(out), what, compute, engine_of(compute))
 
 
 def select(
@@ -244,33 +260,34 @@ def evaluate(
     out: str | os.PathLike[str],
     dtype: Precision = "bfloat16",
     counted: Counted = "all",
+    tokenizer: Literal["packed", "own"] = "packed",
     compute: Compute | None = None,
 ) -> Evaluation:
     """Measure a model on held-out instances: nats per token and bits per byte, per source and in all.
 
     Arguments and errors are those of `score`. Printing the result shows the table.
     """
-    settings = _score_settings(dtype, counted)
-    fingerprint, make_scorer = _scorer(model, dtype, compute or Compute())
+    compute = compute or Compute()
+    settings = _score_settings(dtype=dtype, counted=counted, tokenizer=tokenizer)
+    fingerprint, make_scorer = _scorer(model, settings, compute)
     what = evaluating.identity(held_out.fingerprint, fingerprint, settings)
-    return evaluating.evaluate(held_out, make_scorer, Path(out), what, compute)
+    return evaluating.evaluate(held_out, make_scorer, Path(out), what, compute, engine_of(compute))
 
 
-def _score_settings(dtype: Precision, counted: Counted) -> ScoreSettings:
+def _score_settings(**settings: str) -> ScoreSettings:
     try:
-        return ScoreSettings(dtype=dtype, counted=counted)
+        return ScoreSettings.model_validate(settings)
     except ValidationError as error:
         raise _refused(error) from error
 
 
-def _scorer(model: AnyModel, dtype: Precision, compute: Compute) -> tuple[str, scoring.ScorerFactory]:
-    from miniplm.scoring.huggingface import load_scorer  # imports torch
+def _scorer(model: AnyModel, settings: ScoreSettings, compute: Compute) -> tuple[str, scoring.ScorerFactory]:
+    from miniplm.scoring.load import load_scorer  # imports torch when it is called
 
     if isinstance(model, (str, os.PathLike)):
         model = GivenModel(model=os.fspath(model))
-    if isinstance(model, GivenModel):
-        given = model
-        return model_fingerprint(given), lambda: load_scorer(given, dtype, compute)
+    if isinstance(model, ScoredModel):
+        return model_fingerprint(model), partial(load_scorer, model, settings, compute)
     fingerprint = getattr(model, "fingerprint", None)
     if not isinstance(fingerprint, str):
         raise ScoreError(

@@ -7,15 +7,17 @@ last.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from miniplm.artifact import Identity, Manifest
 from miniplm.evaluation.evaluate import Evaluation, evaluate
 from miniplm.packing.instances import Packed
-from miniplm.recipe import Compute, Counted, GivenModel, TrainSettings
+from miniplm.pipeline.engines import engine_of
+from miniplm.recipe import Compute, Counted, ScoredModel, ScoreSettings, TrainSettings
 from miniplm.sampling.base import Pool, Sampler, open_selection, save
 from miniplm.scoring.base import Scores, open_scores
-from miniplm.scoring.huggingface import load_scorer
+from miniplm.scoring.load import load_scorer
 from miniplm.scoring.score import score
 from miniplm.training.trainer import Checkpoint, TrainingData, train
 
@@ -43,9 +45,10 @@ def train_model(
     return train(settings, data, out, what, compute)
 
 
-def score_part(open_packed: OpenPacked, model: GivenModel, compute: Compute, out: Path, what: Identity) -> Scores:
+def score_part(open_packed: OpenPacked, model: ScoredModel, compute: Compute, out: Path, what: Identity) -> Scores:
     """Score a packed part with a model."""
-    return score(open_packed(), lambda: load_scorer(model, what.recipe["dtype"], compute), out, what, compute)
+    make_scorer = partial(load_scorer, model, ScoreSettings.model_validate(what.recipe), compute)
+    return score(open_packed(), make_scorer, out, what, compute, engine_of(compute))
 
 
 def select_rows(
@@ -58,7 +61,8 @@ def select_rows(
 
 
 def evaluate_model(
-    open_held_out: OpenPacked, model: GivenModel, compute: Compute, out: Path, what: Identity
+    open_held_out: OpenPacked, model: ScoredModel, compute: Compute, out: Path, what: Identity
 ) -> Evaluation:
     """Measure a model on the held-out part."""
-    return evaluate(open_held_out(), lambda: load_scorer(model, what.recipe["dtype"], compute), out, what, compute)
+    make_scorer = partial(load_scorer, model, ScoreSettings.model_validate(what.recipe), compute)
+    return evaluate(open_held_out(), make_scorer, out, what, compute, engine_of(compute))

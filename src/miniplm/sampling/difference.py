@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from miniplm.errors import RecipeError
+from miniplm.errors import ArtifactMismatchError, RecipeError
 from miniplm.sampling.base import Pool, Selection, check_same_instances, top_share
 from miniplm.scoring.base import Normalize, Scores
 
@@ -41,6 +41,21 @@ class DifferenceSampling:
 
 
 def differences(teacher: Scores, reference: Scores, normalize: Normalize = "token") -> NDArray[np.float64]:
-    """Log p(x) − log p_ref(x) of each instance in nats, `[N]`. Raises ArtifactMismatchError as `select` does."""
+    """Log p(x) − log p_ref(x) of each instance in nats, `[N]`, per token, per byte, or of the sums.
+
+    Raises:
+        ArtifactMismatchError: the two are of different instances, or per token of different tokenizers.
+
+    """
     check_same_instances(teacher, reference)
+    if normalize == "token" and teacher.tokenizer != reference.tokenizer:
+        raise ArtifactMismatchError(
+            "teacher and reference were scored under different tokenizers: a difference per token means nothing.",
+            facts={
+                "teacher": f"{teacher.name}    tokenizer {teacher.tokenizer[:12]}  {teacher.n_tokens.sum():,} tokens",
+                "reference": f"{reference.name}    tokenizer {reference.tokenizer[:12]}  "
+                f"{reference.n_tokens.sum():,} tokens",
+            },
+            remedy="Compare them per byte: normalize: byte.",
+        )
     return teacher.per(normalize) - reference.per(normalize)

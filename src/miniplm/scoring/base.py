@@ -25,10 +25,31 @@ Normalize = Literal["token", "sum", "byte"]
 
 
 class Scorer(Protocol):
-    """A model that says how likely a text is to it."""
+    """A model that says how likely a text is to it.
+
+    What a scorer may have besides, each looked at only if it is there:
+        vocab_size      embeddings; an error if the instances have larger ids
+        config          of the model (`max_position_embeddings`); an error if the instances are longer
+        tokenizer       its own `Tokenizer`; needed for `tokenizer: own`, otherwise compared with that of the instances
+        name            what provenance calls it
+        flops_per_token `(sequence_length) -> float`, operations per token, and
+        ceiling         `() -> float`, operations per second that the device is able to do
+        submit          `(tokens, counted) -> Pending`: as `score`, without waiting for the answer, and
+        in_flight       how many answers may be waited for at a time
+        most_rows       the rows that it takes at a time
+        costly          True if answers are worth a journal on the disk
+
+    """
 
     def score(self, tokens: NDArray[Any], counted: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Log p in nats, summed in float64 over the counted targets: `[B]` for `tokens [B, T+1]`, `counted [B, T]`."""
+
+
+class Pending(Protocol):
+    """An answer that is on its way; a `concurrent.futures.Future` is one."""
+
+    def result(self) -> NDArray[np.float64]:
+        """Wait for it: log p, `[B]`, as `Scorer.score` gives it."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +63,7 @@ class Scores:
         source: `[N]`, the domain of each instance, as codes into `sources`.
         sources: the names of the domains, sorted.
         packed: fingerprint of the instances.
+        tokenizer: fingerprint of the tokenizer whose tokens were scored.
         fingerprint: of these scores.
         name: what messages call them (their folder).
 
@@ -53,6 +75,7 @@ class Scores:
     source: NDArray[np.int32]
     sources: tuple[str, ...]
     packed: str
+    tokenizer: str = ""
     fingerprint: str = ""
     name: str = "scores"
 
@@ -96,10 +119,11 @@ def open_scores(path: Path | str, kind: str = "scores") -> Scores:
 
     """
     manifest = artifact.read(path, kind=kind)
-    return read_parts(Path(path), manifest.identity.inputs["packed"], manifest.fingerprint)
+    tokenizer = manifest.counts["tokenizer"]
+    return read_parts(Path(path), manifest.identity.inputs["packed"], tokenizer, manifest.fingerprint)
 
 
-def read_parts(folder: Path, packed: str, fingerprint: str = "") -> Scores:
+def read_parts(folder: Path, packed: str, tokenizer: str, fingerprint: str = "") -> Scores:
     """The scores in a folder's `part-*.parquet`, of the instances with the fingerprint `packed`.
 
     Raises:
@@ -128,6 +152,7 @@ def read_parts(folder: Path, packed: str, fingerprint: str = "") -> Scores:
         source=codes,
         sources=names,
         packed=packed,
+        tokenizer=tokenizer,
         fingerprint=fingerprint,
         name=str(folder),
     )

@@ -1,13 +1,15 @@
 """A scorer for any `transformers` causal language model.
 
-In: token ids and which targets count. Out: log p in nats, a float64 sum of float32 log-probabilities for each instance,
-whatever the dtype of the weights. The backbone runs over the batch; the head runs over a chunk of positions at a time,
-so the logits are never held whole (`models/head.py`). Attention runs across documents of one instance, as in the paper.
+In: token ids and which targets count. Out: log p in nats, a float64 sum of float32 log-probabilities for each row,
+whatever the dtype of the weights. The backbone runs over the batch; the head runs over a block of logits at a time,
+so the logits are never held whole (`models/head.py`). On CUDA nothing waits for the device but `result()`: the next
+batches are prepared and queued meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,13 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from miniplm.models.flops import forward_flops
+from miniplm.models.flops import forward_flops, matmul_rate
 from miniplm.models.head import check_head, head_of, hidden_states, token_logp
-from miniplm.models.load import choose_device, load_model, name_of, own_vocabulary
-from miniplm.recipe import Compute, GivenModel, Precision
+from miniplm.models.load import choose_device, load_model, name_of, own_tokenizer, quantize
+from miniplm.packing.tokenizer import Tokenizer
+from miniplm.recipe import Compute, GivenModel, ScoreSettings
+
+_IN_FLIGHT = 4
 
 
 class HuggingFaceScorer:
@@ -26,20 +31,29 @@ class HuggingFaceScorer:
 
     Args:
         model: in evaluation mode, on its device. Raises ModelError if its head is not linear.
-        vocabulary: token -> id of the model's own tokenizer, where it is known; compared with that of the instances.
+        tokenizer: the model's own, where it is known; compared with that of the instances.
         name: what provenance calls it.
+        compiled: run the backbone through `torch.compile`.
 
     """
 
+    in_flight = _IN_FLIGHT
+
     def __init__(
-        self, model: PreTrainedModel, vocabulary: Mapping[str, int] | None = None, name: str = "a model in memory"
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer | None = None,
+        name: str = "a model in memory",
+        compiled: bool = False,
     ) -> None:
         check_head(model)
         self.model = model
-        self.vocabulary = vocabulary
+        self.tokenizer = tokenizer
         self.name = name
-        weight, self.bias = head_of(model)
-        self.weight = weight if weight.is_cuda else weight.float()  # once, not for every batch
+        self.weight, self.bias = head_of(model)
+        self.ceiling: Callable[[], float] = cache(lambda: matmul_rate(model.device, self.weight.dtype))
+        if compiled:
+            model.base_model.compile()
 
     @property
     def config(self) -> dict[str, Any]:
@@ -55,18 +69,47 @@ class HuggingFaceScorer:
         """Operations of a forward pass per predicted token."""
         return forward_flops(self.model, sequence_length)
 
-    @torch.inference_mode()
     def score(self, tokens: NDArray[Any], counted: NDArray[np.bool_]) -> NDArray[np.float64]:
         """See `Scorer.score`."""
-        ids = torch.from_numpy(tokens.astype(np.int64)).to(self.model.device)
-        hidden = hidden_states(self.model, ids[:, :-1])
-        logp = token_logp(hidden.flatten(0, 1), self.weight, self.bias, ids[:, 1:].flatten())
-        mask = torch.from_numpy(counted).to(logp.device)
-        summed = torch.where(mask, logp.view(mask.shape).double(), 0.0).sum(dim=1)
-        return np.asarray(summed.cpu().numpy())
+        return self.submit(tokens, counted).result()
+
+    @torch.inference_mode()
+    def submit(self, tokens: NDArray[Any], counted: NDArray[np.bool_]) -> _OnDevice:
+        """Queue a batch; on a CPU this computes it."""
+        device = self.model.device
+        ids = _to(torch.from_numpy(tokens.astype(np.int64)), device)
+        mask = _to(torch.from_numpy(counted), device)
+        hidden = hidden_states(self.model, ids[:, :-1]).flatten(0, 1)
+        logp = token_logp(hidden, self.weight, self.bias, ids[:, 1:].flatten()).view(mask.shape)
+        return _OnDevice(torch.where(mask, logp.double(), 0.0).sum(dim=1))
 
 
-def load_scorer(given: GivenModel, dtype: Precision, compute: Compute) -> HuggingFaceScorer:
+class _OnDevice:
+    """An answer that is computed on a device while the host goes on."""
+
+    def __init__(self, summed: torch.Tensor) -> None:
+        self.event = torch.cuda.Event() if summed.is_cuda else None  # type: ignore[no-untyped-call]
+        self.summed = summed.to("cpu", non_blocking=True)
+        if self.event is not None:
+            self.event.record()
+
+    def result(self) -> NDArray[np.float64]:
+        """Wait for this answer, not for those queued after it."""
+        if self.event is not None:
+            self.event.synchronize()
+        return np.asarray(self.summed.numpy())
+
+
+def load(given: GivenModel, settings: ScoreSettings, compute: Compute) -> HuggingFaceScorer:
     """Load a model and make a scorer of it. Raises ModelError if it cannot be loaded or used."""
     device = choose_device(compute.device)
-    return HuggingFaceScorer(load_model(given, dtype, str(device)), own_vocabulary(given), name_of(given))
+    model = load_model(given, settings.dtype, str(device))
+    if settings.quantize != "none":
+        quantize(model, settings.quantize)
+    compiled = device.type == "cuda" if compute.compile == "auto" else compute.compile
+    return HuggingFaceScorer(model, own_tokenizer(given), name_of(given), compiled)
+
+
+def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """To the device without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,15 +1,17 @@
 """The stage `score`: every instance of a packed part under one model.
 
-In: a packed part and a model (by name, folder, or a `Scorer`). Out: `Scores`: Parquet, one file for each shard of the
-part. A shard is the unit of work and of commit; killed and begun again, scoring goes on with the next shard, and the
-bytes are the same.
+In: a packed part and a model (by name, folder, server, or a `Scorer`). Out: `Scores`: Parquet, one file for each shard
+of the part. A shard is the unit of work, retry and commit; killed and begun again, scoring goes on with the next shard,
+and the bytes are the same. While a batch is computed, the next are prepared and handed over (`Scorer.submit`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,20 @@ from numpy.typing import NDArray
 
 from miniplm import artifact
 from miniplm.artifact import Identity, Workspace
-from miniplm.engine.base import Engine
+from miniplm.engine.base import Advance, Engine
 from miniplm.engine.local import LocalEngine
 from miniplm.errors import ScoreError, TokenizerError
-from miniplm.models.load import check_length, check_vocabulary
-from miniplm.packing.instances import Instances, Packed, counted, read_shard
+from miniplm.models.load import check_length, check_vocabulary, positions
+from miniplm.packing.instances import Instances, Packed, read_shard
+from miniplm.packing.retokenize import Retokenizer
+from miniplm.packing.tokenizer import Tokenizer
 from miniplm.progress import progress
-from miniplm.recipe import Compute, Counted, ScoreSettings
+from miniplm.recipe import Compute, ScoreSettings
 from miniplm.scoring.base import Scorer, Scores, open_scores
+from miniplm.scoring.journal import Journal
+from miniplm.scoring.rows import Batch, Row, RowRule, batches
 
-VERSION = 1
+VERSION = 2
 
 ScorerFactory = Callable[[], Scorer]
 
@@ -51,7 +57,7 @@ def score(
 
     Args:
         packed: the instances.
-        make_scorer: called once, and only if there is something left to score.
+        make_scorer: called once by each worker, and only if there is something left to score.
         out: the artifact.
         what: its identity, from `identity`.
         compute: how.
@@ -59,55 +65,24 @@ def score(
 
     Raises:
         ModelError: the model cannot be loaded, or has fewer embeddings than the tokenizer has tokens.
+        TokenizerError: the model's tokenizer is not that of the instances, or is needed and not there.
         ScoreError: a log-probability is no number; the instance is named.
 
     """
-    compute = compute or Compute()
+    settings = ScoreSettings.model_validate(what.recipe)
 
     def work(workspace: Workspace) -> Mapping[str, Any]:
-        return score_shards(workspace, packed, make_scorer, what.recipe["counted"], compute, engine or LocalEngine())
+        return score_shards(workspace, packed, make_scorer, settings, compute or Compute(), engine or LocalEngine())
 
     artifact.make(out, what, work)
     return open_scores(out)
-
-
-def score_instances(
-    instances: Instances,
-    scorer: Scorer,
-    separator: int,
-    rule: Counted,
-    token_bytes: NDArray[np.int32],
-    batch: int,
-    advance: Callable[[int], None] = lambda _: None,
-) -> pa.Table:
-    """Score instances in memory: `logp`, `n_tokens`, `n_bytes`, `source`. `advance` is told of counted tokens."""
-    mask = counted(instances.input_ids, instances.length, separator, rule)
-    logp = np.empty(len(instances), np.float64)
-    for begin in range(0, len(instances), batch):
-        chunk = slice(begin, begin + batch)
-        found = scorer.score(instances.input_ids[chunk], mask[chunk])
-        if np.shape(found) != logp[chunk].shape:
-            raise ScoreError(
-                "the scorer did not give one number for each instance.",
-                facts={"found": f"shape {np.shape(found)}", "expected": f"shape {logp[chunk].shape}"},
-            )
-        logp[chunk] = found
-        advance(int(mask[chunk].sum()))
-    return pa.table(
-        {
-            "logp": logp,
-            "n_tokens": mask.sum(axis=1, dtype=np.int32),
-            "n_bytes": (token_bytes[instances.input_ids[:, 1:]] * mask).sum(axis=1, dtype=np.int32),
-            "source": pa.array(instances.source).dictionary_encode(),
-        }
-    )
 
 
 def score_shards(
     work: Workspace,
     packed: Packed,
     make_scorer: ScorerFactory,
-    rule: Counted,
+    settings: ScoreSettings,
     compute: Compute,
     engine: Engine,
     label: str = "score",
@@ -117,39 +92,31 @@ def score_shards(
     shards = packed.shards
     rows = [_rows(shard) for shard in shards]
     first_rows = np.concatenate([[0], np.cumsum(rows)])
-    tasks = [_Task(n, shard, int(first_rows[n]), work.has(_name(n))) for n, shard in enumerate(shards)]
-    waiting = [task for task in tasks if not task.done]
-    scored_tokens = 0
+    tasks = [_Task(n, shard, int(first_rows[n])) for n, shard in enumerate(shards)]
+    done = [task for task in tasks if work.has(_name(task.number))]
+    waiting = [task for task in tasks if task not in done]
+    for task in done:
+        work.remove(_journal(task.number))  # killed between the commit of a shard and the end of its journal
     begun = time.monotonic()
     targets = packed.manifest.counts["tokens_out"] - len(packed)
     with progress(f"{label} {work.path.name.removesuffix('.partial')}", targets, "tok") as meter:
-        meter.skip(targets * sum(rows[t.number] for t in tasks if t.done) // len(packed))
+        meter.skip(targets * sum(rows[task.number] for task in done) // len(packed))
         if waiting:
-            scorer = make_scorer()
-            _check_fits(packed, scorer)
-            work.provenance["model"] = str(getattr(scorer, "name", type(scorer).__name__))
-
-            def run(task: _Task) -> int:
-                table = score_instances(
-                    read_shard(task.shard), scorer, packed.separator, rule, packed.tokenizer.token_bytes,
-                    compute.score_batch, meter.advance,
-                )  # fmt: skip
-                return _commit(work, task, table)
-
-            scored_tokens = sum(engine.run(run, waiting))
-            seconds = time.monotonic() - begun
-            work.provenance |= {"tokens_per_s": round(scored_tokens / seconds), "score_batch": compute.score_batch}
-            if hasattr(scorer, "flops_per_token"):
-                flops = scorer.flops_per_token(packed.sequence_length) * scored_tokens
-                work.provenance |= {"flops": flops, "flops_per_s": round(flops / seconds)}
-    totals = [pq.read_table(work.path / _name(t.number), columns=["logp", "n_tokens", "n_bytes"]) for t in tasks]
-    table = pa.concat_tables(totals)
+            make_worker = partial(_Worker, work.path, packed, make_scorer, settings, compute)
+            finished = list(engine.run(make_worker, waiting, meter.advance))
+            work.provenance |= _provenance(finished, time.monotonic() - begun, settings, compute)
+    totals = [pq.read_table(work.path / _name(task.number)) for task in tasks]
+    kinds = {table.schema.metadata[_TOKENIZER].decode() for table in totals}
+    if len(kinds) != 1:
+        raise ScoreError(f"{work.path}: shards were scored under {len(kinds)} tokenizers.")
+    table = pa.concat_tables(totals).select(["logp", "n_tokens", "n_bytes"])
     logp, tokens = float(np.sum(table["logp"].to_numpy())), int(np.sum(table["n_tokens"].to_numpy()))
     return {
         "instances": len(table),
         "tokens": tokens,
         "bytes": int(np.sum(table["n_bytes"].to_numpy(), dtype=np.int64)),
         "nats_per_token": -logp / tokens,
+        "tokenizer": kinds.pop(),
     }
 
 
@@ -158,10 +125,133 @@ class _Task:
     number: int
     shard: Path
     first_row: int
-    done: bool
 
 
-def _commit(work: Workspace, task: _Task, table: pa.Table) -> int:
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    """How a shard went; `ceiling` is the operations per second that the device is able to do."""
+
+    tokens: int
+    seconds: float
+    flops: float | None
+    ceiling: float | None
+    model: str
+
+
+class _Worker:
+    """Scores shards; the model is loaded where the work is done."""
+
+    def __init__(
+        self,
+        folder: Path,
+        packed: Packed,
+        make_scorer: ScorerFactory,
+        settings: ScoreSettings,
+        compute: Compute,
+        advance: Advance,
+    ) -> None:
+        self.work = Workspace(folder)
+        self.compute = compute
+        self.advance = advance
+        self.sequence_length = packed.sequence_length
+        self.scorer = make_scorer()
+        self.rule, self.tokenizer = _row_rule(packed, self.scorer, settings)
+
+    def __call__(self, task: _Task) -> _Finished:
+        """Score a shard and commit it."""
+        begun = time.monotonic()
+        instances = read_shard(task.shard)
+        if getattr(self.scorer, "costly", False):
+            with Journal(self.work.path / _journal(task.number)) as journal:
+                table = score_instances(
+                    instances, self.scorer, self.rule, self.compute.score_tokens, self.advance, journal
+                )
+        else:
+            table = score_instances(instances, self.scorer, self.rule, self.compute.score_tokens, self.advance)
+        _refuse_no_numbers(table, task)
+        rows = pa.array(np.arange(task.first_row, task.first_row + len(table), dtype=np.int64))
+        table = table.add_column(0, "instance", rows).replace_schema_metadata({_TOKENIZER: self.tokenizer})
+        with self.work.part(_name(task.number)) as path:
+            pq.write_table(table, path, compression="zstd")
+        self.work.remove(_journal(task.number))
+        return self._finished(int(np.sum(table["n_tokens"].to_numpy(), dtype=np.int64)), time.monotonic() - begun)
+
+    def _finished(self, tokens: int, seconds: float) -> _Finished:
+        scorer = self.scorer
+        flops = scorer.flops_per_token(self.sequence_length) * tokens if hasattr(scorer, "flops_per_token") else None
+        ceiling = scorer.ceiling() if hasattr(scorer, "ceiling") else None
+        return _Finished(tokens, seconds, flops, ceiling, str(getattr(scorer, "name", type(scorer).__name__)))
+
+
+def score_instances(
+    instances: Instances,
+    scorer: Scorer,
+    rule: RowRule,
+    token_budget: int,
+    advance: Advance = lambda _: None,
+    journal: Journal | None = None,
+) -> pa.Table:
+    """Score instances in memory: `logp`, `n_tokens`, `n_bytes`, `source`.
+
+    Args:
+        instances: N of them.
+        scorer: the model.
+        rule: how they become rows.
+        token_budget: tokens per batch, padding included.
+        advance: told of counted tokens.
+        journal: rows that are known already, and where new ones are kept.
+
+    """
+    rows, n_tokens, n_bytes = rule.rows(instances)
+    found = np.zeros(len(rows), np.float64)
+    if journal is not None and journal.known:
+        known = np.fromiter(journal.known, np.int64)
+        found[known] = np.fromiter(journal.known.values(), np.float64)
+        advance(sum(int(rows[number].counted.sum()) for number in known))
+        waiting = np.setdiff1d(np.arange(len(rows)), known)
+    else:
+        waiting = np.arange(len(rows))
+    for batch, logp in _scored(scorer, [rows[number] for number in waiting], rule, token_budget):
+        if np.shape(logp) != batch.rows.shape:
+            raise ScoreError(
+                "the scorer did not give one number for each instance.",
+                facts={"found": f"shape {np.shape(logp)}", "expected": f"shape {batch.rows.shape}"},
+            )
+        found[waiting[batch.rows]] = logp
+        if journal is not None:
+            journal.write(waiting[batch.rows], logp)
+        advance(int(batch.counted.sum()))
+    return pa.table(
+        {
+            "logp": np.bincount([row.instance for row in rows], weights=found, minlength=len(instances)),
+            "n_tokens": n_tokens,
+            "n_bytes": n_bytes,
+            "source": pa.array(instances.source).dictionary_encode(),
+        }
+    )
+
+
+def _scored(
+    scorer: Scorer, rows: list[Row], rule: RowRule, token_budget: int
+) -> Iterator[tuple[Batch, NDArray[np.float64]]]:
+    """Batches with their scores, in order; later ones are prepared and handed over while earlier ones are computed."""
+    if not rows:
+        return
+    submit = getattr(scorer, "submit", None)
+    waiting: deque[tuple[Batch, Any]] = deque()
+    for batch in batches(rows, token_budget, rule.separator, getattr(scorer, "most_rows", None)):
+        if submit is None:
+            yield batch, scorer.score(batch.tokens, batch.counted)
+            continue
+        waiting.append((batch, submit(batch.tokens, batch.counted)))
+        if len(waiting) > scorer.in_flight:  # type: ignore[attr-defined]  # belongs to `submit`
+            batch, pending = waiting.popleft()
+            yield batch, pending.result()
+    for batch, pending in waiting:
+        yield batch, pending.result()
+
+
+def _refuse_no_numbers(table: pa.Table, task: _Task) -> None:
     bad = np.flatnonzero(~np.isfinite(table["logp"].to_numpy()))
     if len(bad):
         raise ScoreError(
@@ -169,34 +259,75 @@ def _commit(work: Workspace, task: _Task, table: pa.Table) -> int:
             facts={"log p": table["logp"][int(bad[0])].as_py(), "in": task.shard.name},
             remedy="Score in float32 or bfloat16; float16 overflows on models trained in bfloat16.",
         )
-    rows = pa.array(np.arange(task.first_row, task.first_row + len(table), dtype=np.int64))
-    with work.part(_name(task.number)) as path:
-        pq.write_table(table.add_column(0, "instance", rows), path, compression="zstd")
-    return int(np.sum(table["n_tokens"].to_numpy(), dtype=np.int64))
 
 
-def _check_fits(packed: Packed, scorer: Scorer) -> None:
-    """Raise ModelError or TokenizerError if a model cannot have meant these token ids."""
-    if (size := getattr(scorer, "vocab_size", None)) is not None:
-        check_vocabulary(packed.vocab_size, size, "the model")
-    if (config := getattr(scorer, "config", None)) is not None:
-        check_length(config, packed.sequence_length)
-    theirs = getattr(scorer, "vocabulary", None)
-    ours = packed.tokenizer.vocabulary
-    if theirs is not None and theirs != ours:
-        differing = [token for token in ours if theirs.get(token) != ours[token]] or sorted(theirs.keys() - ours.keys())
+def _row_rule(packed: Packed, scorer: Scorer, settings: ScoreSettings) -> tuple[RowRule, str]:
+    """How instances become this model's rows, and the fingerprint of the tokenizer whose ids those are.
+
+    Raises:
+        ModelError, TokenizerError: the model cannot have meant these token ids.
+
+    """
+    ours = packed.tokenizer
+    theirs: Tokenizer | None = getattr(scorer, "tokenizer", None)
+    config = getattr(scorer, "config", {})
+    differing = None if theirs is None else ours.differing_token(theirs)
+    if settings.tokenizer == "own" and theirs is None:
+        raise TokenizerError(
+            "the model's own tokenizer is not known, and `tokenizer: own` needs it.",
+            remedy="It must lie beside the weights as tokenizer.json; for a server, name it: `tokenizer: ...`.",
+        )
+    if theirs is not None and settings.tokenizer == "own" and differing is not None:
+        separator, sizes, longest = theirs.separator, theirs.token_bytes, positions(config)
+        rule = RowRule(separator, sizes, settings.counted, settings.documents, Retokenizer(ours, theirs), longest)
+        return rule, theirs.fingerprint
+    if theirs is not None and differing is not None:
         raise TokenizerError(
             "the model was trained with another tokenizer than the instances were packed with.",
             facts={
-                "instances": f"{len(ours):,} tokens, {differing[0]!r} is {ours.get(differing[0])}",
-                "model": f"{len(theirs):,} tokens, {differing[0]!r} is {theirs.get(differing[0])}",
+                "instances": f"{len(ours.vocabulary):,} tokens, {differing!r} is {ours.vocabulary[differing]}",
+                "model": f"{len(theirs.vocabulary):,} tokens, {differing!r} is {theirs.vocabulary.get(differing)}",
             },
-            remedy="Prepare the corpus with the model's tokenizer.",
+            remedy="Prepare the corpus with the model's tokenizer, or have the text scored under the model's own: "
+            "`tokenizer: own` (and compare per byte).",
         )
+    if (size := getattr(scorer, "vocab_size", None)) is not None:
+        check_vocabulary(packed.vocab_size, size, "the model")
+    check_length(config, packed.sequence_length)
+    return RowRule(packed.separator, ours.token_bytes, settings.counted, settings.documents), ours.fingerprint
+
+
+def _provenance(finished: list[_Finished], seconds: float, settings: ScoreSettings, compute: Compute) -> dict[str, Any]:
+    """How fast it went. Throughput is by the wall clock; the share of the ceiling is that of the workers' own time."""
+    tokens = sum(shard.tokens for shard in finished)
+    found: dict[str, Any] = {
+        "model": finished[0].model,
+        "tokens_per_s": round(tokens / seconds),
+        "score_tokens": compute.score_tokens,
+        "engine": compute.engine,
+    }
+    operations = [(s.flops, s.seconds, s.ceiling) for s in finished if s.flops is not None and s.ceiling is not None]
+    if operations:
+        flops = sum(flops for flops, _, _ in operations)
+        possible = sum(seconds * ceiling for _, seconds, ceiling in operations)
+        found |= {
+            "flops": flops,
+            "flops_per_s": round(flops / seconds),
+            "matmul_flops_per_s": round(operations[0][2]),
+            "share_of_matmul_rate": round(flops / possible, 4),
+        }
+    return found
+
+
+_TOKENIZER = b"tokenizer"
 
 
 def _name(number: int) -> str:
     return f"part-{number:05d}.parquet"
+
+
+def _journal(number: int) -> str:
+    return f"part-{number:05d}.journal"
 
 
 def _rows(shard: Path) -> int:

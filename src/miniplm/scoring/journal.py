@@ -1,0 +1,43 @@
+"""A journal: the log-probabilities of a shard that is not finished yet, row by row.
+
+For scorers whose answers cost money. What has been answered is on the disk before the next is asked for; begun again,
+scoring asks for the rest. A half-written last line is forgotten. The journal goes when its shard is committed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Journal:
+    """Rows and their log p in nats, in a file of JSON lines that is only appended to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: dict[int, float] = {}
+        if path.exists():
+            whole = path.read_bytes()
+            whole = whole[: whole.rfind(b"\n") + 1]
+            path.write_bytes(whole)
+            self.known = dict(json.loads(line) for line in whole.splitlines())
+        self._file = path.open("ab")
+
+    def write(self, rows: NDArray[np.int64], logp: NDArray[np.float64]) -> None:
+        """Keep some rows."""
+        lines = (json.dumps([row, value]) + "\n" for row, value in zip(rows.tolist(), logp.tolist(), strict=True))
+        self._file.write("".join(lines).encode())
+        self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
