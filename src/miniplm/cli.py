@@ -42,7 +42,9 @@ OutOption = Annotated[Path, typer.Option(help="Folder to make; must not be there
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
 CountedOption = Annotated[str, typer.Option(help="Which targets count: all, skip_after_separator")]
 DtypeOption = Annotated[str, typer.Option(help="Weights in float32, bfloat16 or float16.")]
-BatchOption = Annotated[int, typer.Option("--batch-tokens", help="Tokens per forward pass.")]
+BatchOption = Annotated[
+    int | None, typer.Option("--batch-tokens", help="Tokens per forward pass. [default: what suits the device]")
+]
 EngineOption = Annotated[str, typer.Option(help="local, or ray: on all the machines of a Ray cluster.")]
 TokenizerOption = Annotated[
     str, typer.Option("--tokenizer", help="packed, or own: the text under the model's own tokenizer.")
@@ -169,7 +171,7 @@ def score(
     counted: CountedOption = "all",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     device: DeviceOption = "auto",
-    batch: BatchOption = 16_384,
+    batch: BatchOption = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")
     ] = False,
@@ -262,7 +264,7 @@ def evaluate(
     dtype: DtypeOption = "bfloat16",
     counted: CountedOption = "all",
     device: DeviceOption = "auto",
-    batch: BatchOption = 16_384,
+    batch: BatchOption = None,
 ) -> None:
     """Measure a model on held-out instances."""
     from miniplm.packing.instances import open_packed

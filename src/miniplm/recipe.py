@@ -227,15 +227,26 @@ class ProxySettings(Settings):
     """A small model that predicts log p(x) − log p_ref(x) for the pool (paper, appendix E).
 
     Teacher and reference score a random share of the pool; the reference model, given a scalar head on its mean-pooled
-    states, learns the difference per token from it and predicts it for the rest.
+    states, learns the difference from it and predicts it for the whole pool.
     """
 
     share: Ratio = Field(0.02, description="of the pool, scored with teacher and reference")
+    normalize: Literal["token", "byte"] = Field(
+        "token", description="the difference that is predicted: per token or byte"
+    )
     held_out: Share = Field(0.2, gt=0, description="of the scored share: what the proxy is measured on, not trained on")
-    epochs: int = Field(3, gt=0)
+    validation: Share = Field(0.1, gt=0, description="of the scored share: decides which epoch is kept")
+    epochs: int = Field(3, ge=0, description="0: the head alone, by ridge regression on the reference's states")
     learning_rate: float = Field(3e-4, gt=0)
     batch: int = Field(32, gt=0, description="instances")
-    seed: int = Field(0, ge=0, le=2**32 - 1)
+    precision: Precision = Field("bfloat16", description="of the products in training; the weights are float32")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="of the sample, its division and the order of training")
+
+    @model_validator(mode="after")
+    def _leaves_something_to_train_on(self) -> Self:
+        if (total := self.held_out + self.validation) >= 1:
+            raise ValueError(f"held_out + validation is {total:g}; nothing is left to train on")
+        return self
 
 
 class SamplerSettings(Settings):
@@ -280,7 +291,9 @@ class Compute(Settings):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
     engine: Literal["local", "ray"] = "local"
     ray: RaySettings = Field(default_factory=lambda: RaySettings())
-    score_tokens: int = Field(16_384, gt=0, description="tokens per forward pass, padding included")
+    score_tokens: int | None = Field(
+        None, gt=0, description="tokens per forward pass, padding included; None: what suits the device"
+    )
     server_concurrency: int = Field(16, gt=0, description="requests to a server at a time")
     train_micro_batch: int = Field(16, gt=0, description="instances per forward and backward pass, per device")
     compile: bool | Literal["auto"] = "auto"
@@ -355,6 +368,26 @@ class Recipe(Settings):
                 )
         if self.evaluate.held_out and not self.prepare.split.held_out:
             raise _At(("prepare", "split"), "evaluate.held_out is on, but `held_out` leaves no documents")
+        return self
+
+    @model_validator(mode="after")
+    def _proxy_can_stand_in(self) -> Self:
+        if self.proxy is None:
+            return self
+        if not isinstance(self.reference, TrainSettings | GivenModel):
+            raise _At(("reference",), "a proxy is made of the reference's weights; give a `model:` or train one here")
+        for name, selection in self.select.items():
+            if selection.sampler in {"teacher", "reference"}:
+                raise _At(
+                    ("select", name, "sampler"),
+                    "with a proxy, teacher and reference score a share of the pool only; `difference` and `random` "
+                    "can choose from all of it",
+                )
+            if selection.sampler == "difference" and selection.normalize != self.proxy.normalize:
+                raise _At(
+                    ("select", name, "normalize"),
+                    f"the proxy predicts the difference per {self.proxy.normalize}; set `proxy.normalize` to the same",
+                )
         return self
 
     def resolved(self) -> str:

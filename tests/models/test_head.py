@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ from transformers import (
 
 from miniplm.errors import ModelError
 from miniplm.models import head
-from miniplm.models.head import check_head, cross_entropy, head_of, hidden_states, token_logp
+from miniplm.models.head import check_head, compiled_logsumexp, cross_entropy, head_of, hidden_states, token_logp
 from miniplm.training.data import Collator
 from miniplm.training.objectives import NextToken
 
@@ -102,6 +103,7 @@ def with_gradients(
 def small_chunks(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     monkeypatch.setattr(head, "_CHUNK_ELEMENTS", {"cpu": 1})
     monkeypatch.setattr(head, "_SMALLEST_CHUNK_ROWS", rows)
+    monkeypatch.setattr(head, "_BLOCK", (rows, 3 * rows))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -185,6 +187,33 @@ def test_the_loss_of_a_bfloat16_batch_is_summed_in_more_than_bfloat16(monkeypatc
     small_chunks(monkeypatch, 256)
     loss = cross_entropy(hidden, weight, None, torch.zeros(rows, dtype=torch.int64))
     torch.testing.assert_close(loss, torch.tensor(float(vocab_size)).log(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_token_logp_of_16_bit_models_errs_by_a_256th_of_itself_to_either_side(
+    dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(1)
+    hidden = torch.randn(300, 64, generator=draw).to(dtype)
+    weight = (torch.randn(1001, 64, generator=draw) * 0.6).to(dtype)  # logits of about 5, the largest beyond 20
+    logits = hidden.double() @ weight.double().T
+    targets = logits.argmax(dim=1)
+    targets[::2] = torch.randint(0, 1001, (150,), generator=draw)
+    exact = torch.log_softmax(logits, dim=1)[torch.arange(300), targets]
+    assert logits.abs().max() > 20
+    monkeypatch.setattr(head, "_BLOCK", (128, 256))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # importing torch's compiler causes them
+        found = token_logp(hidden, weight, None, targets, compiled_logsumexp() if compiled else None).double()
+    error = (found - exact) / exact.abs().clamp(min=0.1)
+    assert error.abs().max() < 2**-7
+    assert error.mean().abs() < 3e-4
+    assert (found <= 0).all()
+    in_halves = (hidden @ weight.T).double()  # as models give their logits
+    plain = torch.log_softmax(in_halves, dim=1)[torch.arange(300), targets]
+    likely = slice(1, None, 2)  # where a model is sure, the rounding of its logits is all of the error
+    assert (found - exact)[likely].abs().mean() < (plain - exact)[likely].abs().mean() / 4
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -272,7 +301,10 @@ def test_the_memory_tests_would_see_dense_logits() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_token_logp_never_holds_more_than_an_eighth_of_the_logits(dtype: torch.dtype) -> None:
+def test_token_logp_never_holds_more_than_an_eighth_of_the_logits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "_BLOCK", (256, 1024))
     given = problem(ROWS, 8, VOCAB, dtype)
     with LargestTensor() as largest:
         token_logp(given["hidden"], given["weight"], given["bias"], given["targets"])

@@ -1,8 +1,7 @@
 """The output head, a chunk of positions at a time: log-probabilities and cross entropy without the logits.
 
 A model is used as backbone (ids -> hidden states `[N, D]`) and head (a `[V, D]` matrix). The logits `[N, V]` of a batch
-of 16 x 1,024 positions and 151,936 tokens are 10 GB in float32; here at most `_CHUNK_ELEMENTS` of them (or 256 rows)
-exist at once.
+of 16 x 1,024 positions and 151,936 tokens are 10 GB in float32; here at most a block of them exists at once.
 
 Why not `torch.nn.functional.linear_cross_entropy`: with bfloat16 inputs torch 2.13 on CPU returned 8.0 for a loss of
 12.55 (V = 151,936; it sums in the input's dtype), took 5 to 10 times as long there, and torch 2.11 does not have it.
@@ -11,6 +10,7 @@ Why not `torch.nn.functional.linear_cross_entropy`: with bfloat16 inputs torch 2
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from miniplm.errors import ModelError
 
-_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}  # logits at once; measured on CPU (L2-sized), assumed on CUDA
+_BLOCK = (1024, 2048)  # positions and tokens of the vocabulary at once when scoring on CPU: 4 MB of logits in bfloat16
+_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}  # logits at once; measured on CPU (L2-sized), assumed on CUDA
 _SMALLEST_CHUNK_ROWS = 256  # below, the gradient of the head is read and written too often
 _LOUD = 100.0  # to which the largest logit is raised for the check: a new model's are too small to show a soft cap
 _HEAD_TOLERANCE = 0.02  # of the largest logit; bfloat16 has 3 digits, a soft cap or a logit scale is far beyond it
@@ -81,25 +82,95 @@ def _loud(logits: Tensor) -> Tensor:
     return logits * (_LOUD / logits.abs().max().clamp(min=1e-6))
 
 
+LogSumExp = Callable[[Tensor], Tensor]
+"""From logits `[n, v]`, in any floating-point type, to float32 `[n]`."""
+
+
+def compiled_logsumexp() -> LogSumExp:
+    """One pass over the logits instead of three; `torch.compile` needs a C++ compiler when it is first called.
+
+    A sixth off the head's time on CPU. *Measured 2026-11-20, NOTES.md.*
+    """
+    found: LogSumExp = torch.compile(lambda logits: torch.logsumexp(logits.float(), dim=1), dynamic=True)
+    return found
+
+
 @torch.no_grad()
-def token_logp(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+def token_logp(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, logsumexp: LogSumExp | None = None
+) -> Tensor:
     """Log p of each target in nats, float32 `[N]`, from hidden states `[N, D]`.
 
-    The products are accumulated and kept in float32 whatever the dtype of the model is.
+    Products are accumulated in float32 whatever the dtype of the model is, and the logits are never rounded to it on
+    CUDA. On CPU, products of bfloat16 come back in bfloat16, which is 0.06 nats at a logit of 20. So the target's own
+    logit is computed first, in float32, and taken from all others *before* they are rounded: what is left is near 0
+    where it matters, and the error of log p is about its 256th part at most, to either side.
+
+    Args:
+        hidden: `[N, D]`.
+        weight: `[V, D]`.
+        bias: `[V]` or None.
+        targets: `[N]`, int64.
+        logsumexp: for blocks of logits on CPU; None computes it step by step.
+
     """
-    logp = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-    rows = _chunk_rows(hidden, weight)
-    wide = weight if weight.is_cuda else weight.float()
+    if weight.is_cuda:
+        return _token_logp_cuda(hidden.to(weight.dtype), weight, bias, targets)
+    logp = torch.empty(len(targets), dtype=torch.float32)
+    logsumexp = logsumexp or _logsumexp_stepwise()
+    rows, columns = _BLOCK
+    block = torch.empty(rows * columns, dtype=weight.dtype)
     for begin in range(0, len(targets), rows):
         chunk = slice(begin, begin + rows)
-        if weight.is_cuda and weight.dtype != torch.float32:
-            logits = torch.mm(hidden[chunk].to(weight.dtype), weight.T, out_dtype=torch.float32)
+        logp[chunk] = _token_logp_cpu(hidden[chunk].to(weight.dtype), weight, bias, targets[chunk], logsumexp, block)
+    return logp
+
+
+def _token_logp_cpu(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, logsumexp: LogSumExp, block: Tensor
+) -> Tensor:
+    """As `token_logp`, for as many positions as a block has rows; the vocabulary goes by in blocks of columns."""
+    picked = (hidden.float() * weight[targets].float()).sum(dim=1)
+    if bias is not None:
+        picked += bias[targets].float()
+    shift = picked.to(weight.dtype)
+    exact = weight.dtype == torch.float32
+    total = torch.full_like(picked, -torch.inf)
+    for begin in range(0, len(weight), _BLOCK[1]):
+        part = weight[begin : begin + _BLOCK[1]]
+        if bias is None:
+            out = block[: len(hidden) * len(part)].view(len(hidden), len(part))
+            logits = torch.addmm(-shift[:, None], hidden, part.T, out=out)
+        else:  # a bias would be rounded together with the shift
+            logits = hidden.float() @ part.float().T + bias[begin : begin + _BLOCK[1]].float() - shift[:, None].float()
+        total = torch.logaddexp(total, logsumexp(logits))
+    return -total if exact else (picked - shift.float()) - total
+
+
+def _logsumexp_stepwise() -> LogSumExp:
+    """Through log_softmax, which is one fused loop, into memory that is taken once."""
+    memory = torch.empty(_BLOCK[0] * _BLOCK[1], dtype=torch.float32)
+
+    def logsumexp(logits: Tensor) -> Tensor:
+        out = memory[: logits.numel()].view(logits.shape)
+        torch.ops.aten.log_softmax.int_out(logits, 1, torch.float32, out=out)
+        return logits[:, 0].float() - out[:, 0]
+
+    return logsumexp
+
+
+def _token_logp_cuda(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    logp = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    rows = _chunk_rows(hidden, weight)
+    for begin in range(0, len(targets), rows):
+        chunk = slice(begin, begin + rows)
+        if weight.dtype == torch.float32:
+            logits = hidden[chunk] @ weight.T
         else:
-            logits = hidden[chunk].to(wide.dtype) @ wide.T
+            logits = torch.mm(hidden[chunk], weight.T, out_dtype=torch.float32)
         if bias is not None:
             logits += bias
-        picked = logits.gather(1, targets[chunk, None]).squeeze(1)
-        logp[chunk] = picked - torch.logsumexp(logits, dim=1)
+        logp[chunk] = logits.gather(1, targets[chunk, None]).squeeze(1) - torch.logsumexp(logits, dim=1)
     return logp
 
 

@@ -36,6 +36,7 @@ class Scorer(Protocol):
         ceiling         `() -> float`, operations per second that the device is able to do
         submit          `(tokens, counted) -> Pending`: as `score`, without waiting for the answer, and
         in_flight       how many answers may be waited for at a time
+        token_budget    tokens that it takes at a time, padding included, unless `compute` says how many
         most_rows       the rows that it takes at a time
         costly          True if answers are worth a journal on the disk
 

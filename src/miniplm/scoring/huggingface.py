@@ -8,6 +8,7 @@ batches are prepared and queued meanwhile.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -17,13 +18,16 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from miniplm.models.attention import use_blocked_attention
 from miniplm.models.flops import forward_flops, matmul_rate
-from miniplm.models.head import check_head, head_of, hidden_states, token_logp
+from miniplm.models.head import check_head, compiled_logsumexp, head_of, hidden_states, token_logp
 from miniplm.models.load import choose_device, load_model, name_of, own_tokenizer, quantize
 from miniplm.packing.tokenizer import Tokenizer
 from miniplm.recipe import Compute, GivenModel, ScoreSettings
 
 _IN_FLIGHT = 4
+_TOKEN_BUDGET = {"cpu": 4096, "cuda": 32_768}  # measured on CPU (activations in the cache), assumed on CUDA
+_LARGE_HEAD = 1 << 24  # weights; below, a shard takes seconds as it is
 
 
 class HuggingFaceScorer:
@@ -33,7 +37,8 @@ class HuggingFaceScorer:
         model: in evaluation mode, on its device. Raises ModelError if its head is not linear.
         tokenizer: the model's own, where it is known; compared with that of the instances.
         name: what provenance calls it.
-        compiled: run the backbone through `torch.compile`.
+        compiled: use `torch.compile`: for the backbone on CUDA, for the head's log-sum-exp on CPU, where compiling the
+            backbone gains nothing (NOTES.md).
 
     """
 
@@ -47,12 +52,15 @@ class HuggingFaceScorer:
         compiled: bool = False,
     ) -> None:
         check_head(model)
+        use_blocked_attention(model)
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
+        self.token_budget = _TOKEN_BUDGET.get(model.device.type, 16_384)
         self.weight, self.bias = head_of(model)
         self.ceiling: Callable[[], float] = cache(lambda: matmul_rate(model.device, self.weight.dtype))
-        if compiled:
+        self.logsumexp = compiled_logsumexp() if compiled and model.device.type == "cpu" else None
+        if compiled and model.device.type == "cuda":
             model.base_model.compile()
 
     @property
@@ -80,7 +88,7 @@ class HuggingFaceScorer:
         ids = _to(torch.from_numpy(tokens.astype(np.int64)), device)
         mask = _to(torch.from_numpy(counted), device)
         hidden = hidden_states(self.model, ids[:, :-1]).flatten(0, 1)
-        logp = token_logp(hidden, self.weight, self.bias, ids[:, 1:].flatten()).view(mask.shape)
+        logp = token_logp(hidden, self.weight, self.bias, ids[:, 1:].flatten(), self.logsumexp).view(mask.shape)
         return _OnDevice(torch.where(mask, logp.double(), 0.0).sum(dim=1))
 
 
@@ -106,8 +114,14 @@ def load(given: GivenModel, settings: ScoreSettings, compute: Compute) -> Huggin
     model = load_model(given, settings.dtype, str(device))
     if settings.quantize != "none":
         quantize(model, settings.quantize)
-    compiled = device.type == "cuda" if compute.compile == "auto" else compute.compile
+    compiled = _pays(model) if compute.compile == "auto" else compute.compile
     return HuggingFaceScorer(model, own_tokenizer(given), name_of(given), compiled)
+
+
+def _pays(model: PreTrainedModel) -> bool:
+    """Whether compiling gains more than its seconds cost: on CUDA, and on CPU with a large head and a C++ compiler."""
+    large = head_of(model)[0].numel() >= _LARGE_HEAD
+    return model.device.type == "cuda" or (large and shutil.which("c++") is not None)
 
 
 def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

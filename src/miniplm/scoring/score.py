@@ -136,6 +136,7 @@ class _Finished:
     flops: float | None
     ceiling: float | None
     model: str
+    token_budget: int
 
 
 class _Worker:
@@ -151,10 +152,10 @@ class _Worker:
         advance: Advance,
     ) -> None:
         self.work = Workspace(folder)
-        self.compute = compute
         self.advance = advance
         self.sequence_length = packed.sequence_length
         self.scorer = make_scorer()
+        self.token_budget = compute.score_tokens or int(getattr(self.scorer, "token_budget", _TOKEN_BUDGET))
         self.rule, self.tokenizer = _row_rule(packed, self.scorer, settings)
 
     def __call__(self, task: _Task) -> _Finished:
@@ -163,11 +164,9 @@ class _Worker:
         instances = read_shard(task.shard)
         if getattr(self.scorer, "costly", False):
             with Journal(self.work.path / _journal(task.number)) as journal:
-                table = score_instances(
-                    instances, self.scorer, self.rule, self.compute.score_tokens, self.advance, journal
-                )
+                table = score_instances(instances, self.scorer, self.rule, self.token_budget, self.advance, journal)
         else:
-            table = score_instances(instances, self.scorer, self.rule, self.compute.score_tokens, self.advance)
+            table = score_instances(instances, self.scorer, self.rule, self.token_budget, self.advance)
         _refuse_no_numbers(table, task)
         rows = pa.array(np.arange(task.first_row, task.first_row + len(table), dtype=np.int64))
         table = table.add_column(0, "instance", rows).replace_schema_metadata({_TOKENIZER: self.tokenizer})
@@ -180,7 +179,9 @@ class _Worker:
         scorer = self.scorer
         flops = scorer.flops_per_token(self.sequence_length) * tokens if hasattr(scorer, "flops_per_token") else None
         ceiling = scorer.ceiling() if hasattr(scorer, "ceiling") else None
-        return _Finished(tokens, seconds, flops, ceiling, str(getattr(scorer, "name", type(scorer).__name__)))
+        return _Finished(
+            tokens, seconds, flops, ceiling, str(getattr(scorer, "name", type(scorer).__name__)), self.token_budget
+        )
 
 
 def score_instances(
@@ -303,7 +304,7 @@ def _provenance(finished: list[_Finished], seconds: float, settings: ScoreSettin
     found: dict[str, Any] = {
         "model": finished[0].model,
         "tokens_per_s": round(tokens / seconds),
-        "score_tokens": compute.score_tokens,
+        "score_tokens": finished[0].token_budget,
         "engine": compute.engine,
     }
     operations = [(s.flops, s.seconds, s.ceiling) for s in finished if s.flops is not None and s.ceiling is not None]
@@ -319,6 +320,7 @@ def _provenance(finished: list[_Finished], seconds: float, settings: ScoreSettin
     return found
 
 
+_TOKEN_BUDGET = 16_384
 _TOKENIZER = b"tokenizer"
 
 
