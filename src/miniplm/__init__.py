@@ -22,12 +22,18 @@ if TYPE_CHECKING:
     from miniplm.packing.instances import open_packed as open_packed
     from miniplm.packing.prepare import Corpus as Corpus
     from miniplm.packing.prepare import open_corpus as open_corpus
+    from miniplm.pipeline.library import drift as drift
     from miniplm.pipeline.library import evaluate as evaluate
     from miniplm.pipeline.library import prepare as prepare
+    from miniplm.pipeline.library import sample as sample
     from miniplm.pipeline.library import score as score
     from miniplm.pipeline.library import select as select
     from miniplm.pipeline.library import train as train
+    from miniplm.pipeline.library import train_proxy as train_proxy
     from miniplm.recipe import Compute as Compute
+    from miniplm.recipe import GivenModel as GivenModel
+    from miniplm.recipe import ServerModel as ServerModel
+    from miniplm.recipe import VllmModel as VllmModel
     from miniplm.sampling.base import Selection as Selection
     from miniplm.sampling.baselines import RandomSampling as RandomSampling
     from miniplm.sampling.baselines import ReferenceDifficulty as ReferenceDifficulty
@@ -35,6 +41,7 @@ if TYPE_CHECKING:
     from miniplm.sampling.difference import DifferenceSampling as DifferenceSampling
     from miniplm.scoring.base import Scores as Scores
     from miniplm.scoring.base import open_scores as open_scores
+    from miniplm.scoring.proxy import Proxy as Proxy
     from miniplm.training.trainer import Checkpoint as Checkpoint
 
 __version__ = "0.1.0"
@@ -45,21 +52,28 @@ _HOME = {
     "Corpus": "packing.prepare",
     "DifferenceSampling": "sampling.difference",
     "Evaluation": "evaluation.evaluate",
+    "GivenModel": "recipe",
     "MiniplmError": "errors",
     "Packed": "packing.instances",
+    "Proxy": "scoring.proxy",
     "RandomSampling": "sampling.baselines",
     "ReferenceDifficulty": "sampling.baselines",
     "Scores": "scoring.base",
     "Selection": "sampling.base",
+    "ServerModel": "recipe",
     "TeacherPreference": "sampling.baselines",
+    "VllmModel": "recipe",
+    "drift": "pipeline.library",
     "evaluate": "pipeline.library",
     "open_corpus": "packing.prepare",
     "open_packed": "packing.instances",
     "open_scores": "scoring.base",
     "prepare": "pipeline.library",
+    "sample": "pipeline.library",
     "score": "pipeline.library",
     "select": "pipeline.library",
     "train": "pipeline.library",
+    "train_proxy": "pipeline.library",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -67,6 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "accelerate": "train",
             "jinja2": "report",
             "matplotlib": "report",
+            "ray": "ray",
+            "httpx": "server",
+            "torchao": "quantize",
+            "vllm": "vllm",
         }
         if error.name not in extra:
             raise
@@ -102,12 +106,13 @@ def run(
     out: RunOption = None,
     set_: SetOption = None,
     only: Annotated[str | None, typer.Option(help="One stage (score/teacher) or group of stages (score).")] = None,
+    engine: Annotated[str | None, typer.Option(help="local or ray, instead of the recipe's compute.engine")] = None,
 ) -> None:
     """Make what is missing of a recipe, then the report. Interrupt and repeat at will."""
     from miniplm.pipeline.run import run as run_chain
     from miniplm.report.write import summary, write_report
 
-    stages = _chain(recipe, out, set_)
+    stages = _chain(recipe, out, [*(set_ or []), *([f"compute.engine={engine}"] if engine else [])])
     run_chain(stages, only, typer.echo)
     if only is None:
         page = write_report(stages)
@@ -140,6 +145,7 @@ def prepare(
     id_: Annotated[str | None, typer.Option("--id", help="Column of the id. [default: id, else file and row]")] = None,
     source: Annotated[str | None, typer.Option(help="Column of the source. [default: the usual names]")] = None,
     on_error: Annotated[str, typer.Option(help="raise, or skip to count malformed records and go on")] = "raise",
+    engine: EngineOption = "local",
 ) -> None:
     """Split documents into parts, tokenise and pack them."""
     from miniplm.packing.prepare import counts_table
@@ -158,6 +164,7 @@ def prepare(
         columns={k: v for k, v in {"text": text, "id": id_, "source": source}.items() if v},
         on_error=on_error,
         cut=cut,
+        compute=_compute(engine=engine),
     )
     typer.echo("\n".join(counts_table(corpus.manifest.counts)))
 
@@ -165,27 +172,84 @@ def prepare(
 @app.command()
 def score(
     packed: Annotated[Path, typer.Argument(help="A part of a prepared corpus: corpus/pool")],
-    model: Annotated[str, typer.Option(help="Hub id or folder.")],
+    model: Annotated[str, typer.Option(help="Hub id or folder; with --server, as the server calls it.")],
     out: OutOption,
     dtype: DtypeOption = "bfloat16",
     counted: CountedOption = "all",
+    documents: Annotated[str, typer.Option(help="attend over the whole instance, or isolate each document")] = "attend",
+    tokenizer: TokenizerOption = "packed",
+    quantize: Annotated[str, typer.Option(help="none, int8 or fp8: the linear layers, by torchao")] = "none",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    server: Annotated[
+        str | None, typer.Option(help="URL of an OpenAI-compatible server: http://localhost:8000/v1")
+    ] = None,
+    vllm: Annotated[bool, typer.Option("--vllm", help="With vLLM's offline engine.")] = False,
     device: DeviceOption = "auto",
     batch: BatchOption = None,
+    engine: EngineOption = "local",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")
     ] = False,
 ) -> None:
     """Score every instance of a packed part under a model."""
+    from miniplm.artifact import provenance
     from miniplm.packing.instances import open_packed
     from miniplm.pipeline.library import score as score_part
-    from miniplm.recipe import GivenModel
+    from miniplm.recipe import GivenModel, ScoredModel, ServerModel, VllmModel
+    from miniplm.scoring.base import throughput
 
-    given = GivenModel(model=model, revision=revision, trust_remote_code=trust_remote_code)
-    how: Any = {"dtype": dtype, "counted": counted}
-    scores = score_part(open_packed(packed), given, out=out, compute=_compute(device=device, score_tokens=batch), **how)
+    given: ScoredModel
+    if server is not None:
+        given = ServerModel(server=server, model=model, revision=revision or "")
+    elif vllm:
+        given = VllmModel(vllm=model, revision=revision, trust_remote_code=trust_remote_code)
+    else:
+        given = GivenModel(model=model, revision=revision, trust_remote_code=trust_remote_code)
+    how: Any = {
+        "dtype": dtype, "counted": counted, "documents": documents, "tokenizer": tokenizer, "quantize": quantize,
+    }  # fmt: skip
+    compute = _compute(device=device, score_tokens=batch, engine=engine)
+    scores = score_part(open_packed(packed), given, out=out, compute=compute, **how)
     loss = -scores.logp.sum() / scores.n_tokens.sum()
-    typer.echo(f"{len(scores):,} instances, {loss:.4f} nats per token: {out}")
+    typer.echo(f"{len(scores):,} instances, {loss:.4f} nats per token{throughput(provenance(out))}: {out}")
+
+
+@app.command()
+def drift(
+    packed: Annotated[Path, typer.Argument(help="A part of a prepared corpus: corpus/pool")],
+    teacher: Annotated[str, typer.Option(help="Hub id or folder.")],
+    reference: Annotated[str, typer.Option(help="Hub id or folder.")],
+    sample: Annotated[int, typer.Option(help="Instances that are scored again and again.")] = 512,
+    ratio: Annotated[float, typer.Option(help="Share of the sample to keep.")] = 0.5,
+    normalize: Annotated[str, typer.Option(help="token, byte or sum")] = "token",
+    dtype: DtypeOption = "bfloat16",
+    quantize: Annotated[list[str] | None, typer.Option(help="Also the teacher in int8 or fp8.")] = None,
+    server: Annotated[str | None, typer.Option(help="Also the teacher behind this URL.")] = None,
+    server_model: Annotated[str | None, typer.Option(help="As the server calls it. [default: --teacher]")] = None,
+    vllm: Annotated[bool, typer.Option("--vllm", help="Also the teacher in vLLM.")] = False,
+    device: DeviceOption = "auto",
+    out: Annotated[Path | None, typer.Option(help="Folder for drift.json, drift.csv and drift.svg.")] = None,
+) -> None:
+    """Score a sample in other ways (batches, dtypes, back ends) and show how far log p and the picks move."""
+    from miniplm.packing.instances import open_packed
+    from miniplm.pipeline.library import drift as measure
+    from miniplm.recipe import ServerModel, VllmModel
+    from miniplm.report.write import write_drift
+    from miniplm.scoring.drift import HEADER, Way
+
+    also = [Way(how, settings={"quantize": how}) for how in quantize or ()]
+    if server is not None:
+        also.append(Way("server", teacher=ServerModel(server=server, model=server_model or teacher)))
+    if vllm:
+        also.append(Way("vllm", teacher=VllmModel(vllm=teacher)))
+    typer.echo(HEADER)
+    compute = _compute(device=device)
+    found = measure(
+        open_packed(packed), teacher, reference, also=also, sample=sample, ratio=ratio, normalize=normalize,
+        dtype=dtype, compute=compute, say=typer.echo,
+    )  # fmt: skip
+    if out is not None:
+        typer.echo(write_drift(out, found))
 
 
 @app.command()

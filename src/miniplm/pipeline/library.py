@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from miniplm.artifact import MANIFEST
+from miniplm.artifact import read as read_artifact
 from miniplm.corpus import builtin as builtin_corpus
 from miniplm.corpus.sources import open_documents
 from miniplm.errors import RecipeError, ScoreError
@@ -23,6 +24,7 @@ from miniplm.evaluation import evaluate as evaluating
 from miniplm.evaluation.evaluate import Evaluation
 from miniplm.models.load import model_fingerprint
 from miniplm.packing import prepare as preparing
+from miniplm.packing import sample as sampling
 from miniplm.packing.instances import Packed, open_packed
 from miniplm.packing.prepare import Corpus
 from miniplm.packing.tokenizer import Tokenizer
@@ -35,6 +37,7 @@ from miniplm.recipe import (
     GivenModel,
     Precision,
     PrepareSettings,
+    ProxySettings,
     SamplerSettings,
     ScoredModel,
     ScoreSettings,
@@ -47,13 +50,16 @@ from miniplm.sampling.base import Pool, Selection
 from miniplm.sampling.named import identity as selection_identity
 from miniplm.sampling.named import sampler_from
 from miniplm.scoring import score as scoring
-from miniplm.scoring.base import Scorer, Scores, open_scores
+from miniplm.scoring.base import Normalize, Scorer, Scores, open_scores
 
 if TYPE_CHECKING:
     import datasets
 
+    from miniplm.scoring.drift import Drift, Way
+    from miniplm.scoring.proxy import Proxy
     from miniplm.training.trainer import Checkpoint
 
+AnyGivenModel = str | os.PathLike[str] | ScoredModel
 AnyModel = str | os.PathLike[str] | ScoredModel | Scorer
 
 
@@ -185,8 +191,8 @@ def score(
 
     Args:
         packed: the instances.
-        model: Hub id, folder, `Checkpoint`, `GivenModel`, `ServerModel`, `VllmModel`, or a `Scorer` of your own with a
-            `fingerprint`.
+        model: Hub id, folder, `Checkpoint`, `GivenModel`, `ServerModel`, `VllmModel`, a `Proxy` (or its folder), or a
+            `Scorer` of your own with a `fingerprint`.
         out: folder of the scores.
         dtype: of the weights; log-probabilities are float32 and sums float64 in any case.
         counted: which targets count.
@@ -206,6 +212,124 @@ def score(
     fingerprint, make_scorer = _scorer(model, settings, compute)
     what = scoring.identity(packed.fingerprint, fingerprint, settings)
     return scoring.score(packed, make_scorer, Path(out), what, compute, engine_of(compute))
+
+
+def drift(
+    packed: Packed,
+    teacher: AnyGivenModel,
+    reference: AnyGivenModel,
+    *,
+    also: Sequence[Way] = (),
+    sample: int = 512,
+    ratio: float = 0.5,
+    normalize: str = "token",
+    dtype: str = "bfloat16",
+    seed: int = 0,
+    compute: Compute | None = None,
+    say: Callable[[Drift], None] = lambda _: None,
+) -> list[Drift]:
+    """Score a sample in other ways and tell how far log p moves, and how many picks change.
+
+    Args:
+        packed: the instances.
+        teacher: the large model.
+        reference: the small one.
+        also: ways beside the usual ones (batch sizes, compilation, the other dtype).
+        sample: instances that are scored.
+        ratio: share of the sample that Difference Sampling keeps.
+        normalize: `token`, `byte` or `sum`.
+        dtype: of the first way, with which the others are compared.
+        seed: of the sample.
+        compute: of the first way.
+        say: is told of each way as it is done.
+
+    Raises:
+        RecipeError, ModelError, TokenizerError, ScoreError: see `miniplm.errors`.
+
+    """
+    from miniplm.scoring.drift import drift as measure
+    from miniplm.scoring.drift import usual_ways
+
+    settings = _score_settings(dtype=dtype)
+    chosen = _choice(normalize)
+    ways = [*usual_ways(packed.sequence_length, settings), *also]
+    return measure(
+        packed, _given(teacher), _given(reference), settings, ways, sample=sample, ratio=ratio, normalize=chosen,
+        seed=seed, compute=compute, say=say,
+    )  # fmt: skip
+
+
+def sample(packed: Packed, *, share: float, out: str | os.PathLike[str], seed: int = 0) -> Packed:
+    """Draw a random share of a packed part; what comes out is a packed part itself.
+
+    Args:
+        packed: the instances, e.g. `corpus.pool`.
+        share: of the instances, in (0, 1].
+        out: folder of the sample.
+        seed: the same seed draws the same instances.
+
+    Raises:
+        RecipeError, ArtifactError, StorageError: see `miniplm.errors`.
+
+    """
+    try:
+        drawn = ProxySettings(share=share, seed=seed)
+    except ValidationError as error:
+        raise _refused(error) from error
+    return sampling.sample(packed, Path(out), sampling.identity(packed.fingerprint, drawn.share, drawn.seed))
+
+
+def train_proxy(
+    sample: Packed,
+    *,
+    teacher: Scores,
+    reference: Scores,
+    model: str | os.PathLike[str] | GivenModel,
+    out: str | os.PathLike[str],
+    teacher_model: AnyGivenModel | None = None,
+    counted: Counted = "all",
+    compute: Compute | None = None,
+    **settings: Any,
+) -> Proxy:
+    """Fine-tune the reference model to predict the difference of the scores; `score` then takes it as a model.
+
+    `DifferenceSampling(ratio=0.5).select_predicted(miniplm.score(corpus.pool, proxy, out=...))` is the selection.
+
+    Args:
+        sample: of the pool, from `miniplm.sample`.
+        teacher: the teacher's scores of the sample.
+        reference: the reference's.
+        model: the reference model.
+        out: folder of the proxy.
+        teacher_model: the teacher, if `proxy.json` is to tell the operations that are saved.
+        counted: which targets count, as in the scores.
+        compute: how: device, micro-batch.
+        settings: `normalize`, `held_out`, `validation`, `epochs`, `learning_rate`, `batch`, `precision`, `seed` of
+            `ProxySettings`.
+
+    Raises:
+        RecipeError, ModelError, TokenizerError, TrainingError, ArtifactError, StorageError: see `miniplm.errors`.
+
+    """
+    from miniplm.scoring import proxy as proxies  # imports torch
+
+    try:
+        resolved = ProxySettings.model_validate(settings)
+        counted = ScoreSettings(counted=counted).counted
+    except ValidationError as error:
+        raise _refused(error) from error
+    given = model if isinstance(model, GivenModel) else GivenModel(model=os.fspath(model))
+    inputs = {
+        "sample": sample.fingerprint,
+        "teacher": teacher.fingerprint,
+        "reference": reference.fingerprint,
+        "model": model_fingerprint(given),
+    }
+    whose_flops = None if teacher_model is None else _given(teacher_model)
+    if whose_flops is not None:
+        inputs["teacher_model"] = model_fingerprint(whose_flops)
+    data = proxies.ProxyData(sample, teacher, reference, given, whose_flops, counted)
+    return proxies.train_proxy(data, resolved, Path(out), proxies.identity(resolved, counted, inputs), compute)
 
 
 def select(
@@ -281,11 +405,26 @@ def _score_settings(**settings: str) -> ScoreSettings:
         raise _refused(error) from error
 
 
+def _given(model: AnyGivenModel) -> ScoredModel:
+    return model if isinstance(model, ScoredModel) else GivenModel(model=os.fspath(model))
+
+
+def _choice(normalize: str) -> Normalize:
+    try:
+        return SamplerSettings.model_validate({"sampler": "difference", "normalize": normalize}).normalize
+    except ValidationError as error:
+        raise _refused(error) from error
+
+
 def _scorer(model: AnyModel, settings: ScoreSettings, compute: Compute) -> tuple[str, scoring.ScorerFactory]:
     from miniplm.scoring.load import load_scorer  # imports torch when it is called
 
     if isinstance(model, (str, os.PathLike)):
-        model = GivenModel(model=os.fspath(model))
+        model = _given(model)
+    if isinstance(model, GivenModel) and _is_proxy(folder := Path(model.model).expanduser()):
+        from miniplm.scoring.proxy import load_proxy
+
+        return read_artifact(folder).fingerprint, partial(load_proxy, folder, settings.dtype, compute)
     if isinstance(model, ScoredModel):
         return model_fingerprint(model), partial(load_scorer, model, settings, compute)
     fingerprint = getattr(model, "fingerprint", None)
@@ -296,6 +435,10 @@ def _scorer(model: AnyModel, settings: ScoreSettings, compute: Compute) -> tuple
         )
     own = model
     return hashlib.sha256(f"scorer\0{fingerprint}".encode()).hexdigest(), lambda: own
+
+
+def _is_proxy(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file() and read_artifact(folder).identity.kind == "proxy"
 
 
 def _packed_behind(rows: datasets.Dataset) -> Packed | None:

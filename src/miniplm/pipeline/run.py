@@ -13,6 +13,7 @@ from miniplm.errors import ArtifactMissingError, RecipeError
 from miniplm.packing.prepare import counts_table
 from miniplm.pipeline.chain import Chain, Stage
 from miniplm.recipe import Recipe, TrainSettings
+from miniplm.scoring.base import throughput
 
 RECIPE = "recipe.yaml"
 
@@ -76,7 +77,8 @@ def run(stages: Chain, only: str | None = None, say: Callable[[str], None] = lam
         say(f"{place} ...")
         stage.path.parent.mkdir(parents=True, exist_ok=True)
         stage.make()
-        say(f"{place}: {artifact.provenance(stage.path).get('seconds', 0):,.1f} s, {stage.path}")
+        how = artifact.provenance(stage.path)
+        say(f"{place}: {how.get('seconds', 0):,.1f} s{throughput(how)}, {stage.path}")
         made.append(stage)
         if stage.identity.kind == "corpus":
             say("\n".join(counts_table(artifact.read(stage.path).counts)))
@@ -106,9 +108,13 @@ def _progress_of(stages: Chain, stage: Stage) -> str:
     partial = artifact.partial_path(stage.path)
     kind = stage.identity.kind
     if kind in {"scores", "evaluation"}:
-        part = "pool" if kind == "scores" else "held_out"
-        state = json.loads((stages["prepare"].path / part / "state.json").read_bytes())
+        part = stages["prepare"].path / ("pool" if kind == "scores" else "held_out")
+        if "proxy/sample" in stage.needs:
+            part = stages["proxy/sample"].path
+        state = json.loads((part / "state.json").read_bytes())
         return f"{len(list(partial.glob('part-*.parquet')))} of {len(state['_data_files'])} shards"
+    if kind == "packed":
+        return f"{len(list(partial.glob('part-*.arrow')))} shards"
     if kind == "corpus":
         return f"{len(list((partial / 'blocks').glob('*.parquet')))} blocks"
     if kind == "model":

@@ -210,6 +210,34 @@ def share_kept(selections: Sequence[Mapping[str, Any]]) -> str:
     return _svg(figure, "share-kept", f"Bars: share of each source's instances that is kept. {described}")
 
 
+@_style()
+def drift_bars(ways: Sequence[Mapping[str, Any]]) -> str:
+    """Share of the sample's picks that each way of scoring changes, and how far it moves log p."""
+    if not ways:
+        return ""
+    figure = Figure(figsize=(WIDTH / 72, (80 + 24 * len(ways)) / 72), layout="constrained")
+    figure.patch.set_visible(False)
+    panels = figure.subplots(1, 2, sharey=True)
+    places = range(len(ways))
+    for axes, key, title, colour in (
+        (panels[0], "jaccard", "picks changed (1 − Jaccard)", SERIES[0]),
+        (panels[1], "mean_nats", "log p moved, nats per token", SERIES[1]),
+    ):
+        values = [1 - way[key] if key == "jaccard" else way[key] for way in ways]
+        axes.patch.set_visible(False)
+        axes.barh(places, values, color=colour, height=0.68)
+        for place, value in zip(places, values, strict=True):
+            text = f"{value:.2%}" if key == "jaccard" else f"{value:.1e}" if value else "0"
+            axes.annotate(text, (value, place), (5, 0), textcoords="offset points", verticalalignment="center")
+        axes.set_title(title)
+        axes.set_xlim(0, 1.35 * max(values) or 1)
+        axes.xaxis.set_major_locator(MaxNLocator(3))
+    panels[0].set_yticks(places, [_label(way["way"]) for way in ways])
+    panels[0].invert_yaxis()
+    described = ", ".join(f"{way['way']} {1 - way['jaccard']:.2%} and {way['mean_nats']:.1e}" for way in ways)
+    return _svg(figure, "drift", f"Bars: share of the picks changed, and mean movement of log p. {described}.")
+
+
 def compact(value: float | None) -> str:
     """A count in three digits: 950, 100k, 1.33M, 2.5B; a dash where there is none."""
     if value is None:

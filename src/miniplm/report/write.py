@@ -6,7 +6,8 @@ They are views of the artifacts, made anew whenever they are out of date; a run 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from miniplm import artifact
 from miniplm.evaluation.evaluate import as_csv, open_evaluation
 from miniplm.pipeline.chain import Chain
 from miniplm.report.findings import gather
+from miniplm.scoring.drift import Drift
+from miniplm.scoring.drift import as_csv as drift_csv
 
 PAGE, DATA, TABLE = "report.html", "report.json", "evaluations.csv"
 
@@ -32,6 +35,19 @@ def write_report(stages: Chain) -> Path:
         _replace(page, render(findings).encode())
         _replace(stages.root / DATA, artifact.pretty_json(findings))  # last: it says what the others show
     return page
+
+
+def write_drift(folder: Path, ways: Sequence[Drift]) -> Path:
+    """Write `drift.json`, `drift.csv` and `drift.svg` into a folder; return it."""
+    from miniplm.report.figures import drift_bars
+
+    rows = [asdict(way) for way in ways]
+    with artifact.storage(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(folder / "drift.csv", drift_csv(ways).encode())
+        _replace(folder / "drift.svg", drift_bars(rows).encode())
+        _replace(folder / "drift.json", artifact.pretty_json(rows))
+    return folder
 
 
 def summary(stages: Chain) -> str:

@@ -7,7 +7,7 @@ derived.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -157,6 +157,17 @@ def read_parts(folder: Path, packed: str, tokenizer: str, fingerprint: str = "")
         fingerprint=fingerprint,
         name=str(folder),
     )
+
+
+def throughput(provenance: Mapping[str, Any]) -> str:
+    """How fast scores were made, as `, 5,120 tokens/s, 480 GFLOP/s, 53% of ...`; nothing where it is not known."""
+    if "tokens_per_s" not in provenance:
+        return ""
+    said = f", {provenance['tokens_per_s']:,} tokens/s"
+    if "share_of_matmul_rate" in provenance:
+        said += f", {provenance['flops_per_s'] / 1e9:,.0f} GFLOP/s"
+        said += f", {provenance['share_of_matmul_rate']:.0%} of this machine's matrix products"
+    return said
 
 
 def encode_sources(names: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int32]]:

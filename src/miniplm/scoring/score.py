@@ -7,6 +7,7 @@ and the bytes are the same. While a batch is computed, the next are prepared and
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,7 @@ from miniplm import artifact
 from miniplm.artifact import Identity, Workspace
 from miniplm.engine.base import Advance, Engine
 from miniplm.engine.local import LocalEngine
-from miniplm.errors import ScoreError, TokenizerError
+from miniplm.errors import MiniplmError, ScoreError, TokenizerError
 from miniplm.models.load import check_length, check_vocabulary, positions
 from miniplm.packing.instances import Instances, Packed, read_shard
 from miniplm.packing.retokenize import Retokenizer
@@ -156,7 +157,7 @@ class _Worker:
         self.sequence_length = packed.sequence_length
         self.scorer = make_scorer()
         self.token_budget = compute.score_tokens or int(getattr(self.scorer, "token_budget", _TOKEN_BUDGET))
-        self.rule, self.tokenizer = _row_rule(packed, self.scorer, settings)
+        self.rule, self.tokenizer = row_rule(packed, self.scorer, settings)
 
     def __call__(self, task: _Task) -> _Finished:
         """Score a shard and commit it."""
@@ -164,9 +165,13 @@ class _Worker:
         instances = read_shard(task.shard)
         if getattr(self.scorer, "costly", False):
             with Journal(self.work.path / _journal(task.number)) as journal:
-                table = score_instances(instances, self.scorer, self.rule, self.token_budget, self.advance, journal)
+                table = score_instances(
+                    instances, self.scorer, self.rule, self.token_budget, self.advance, journal, task.first_row
+                )
         else:
-            table = score_instances(instances, self.scorer, self.rule, self.token_budget, self.advance)
+            table = score_instances(
+                instances, self.scorer, self.rule, self.token_budget, self.advance, first_row=task.first_row
+            )
         _refuse_no_numbers(table, task)
         rows = pa.array(np.arange(task.first_row, task.first_row + len(table), dtype=np.int64))
         table = table.add_column(0, "instance", rows).replace_schema_metadata({_TOKENIZER: self.tokenizer})
@@ -191,6 +196,7 @@ def score_instances(
     token_budget: int,
     advance: Advance = lambda _: None,
     journal: Journal | None = None,
+    first_row: int = 0,
 ) -> pa.Table:
     """Score instances in memory: `logp`, `n_tokens`, `n_bytes`, `source`.
 
@@ -201,6 +207,7 @@ def score_instances(
         token_budget: tokens per batch, padding included.
         advance: told of counted tokens.
         journal: rows that are known already, and where new ones are kept.
+        first_row: what messages call the first instance.
 
     """
     rows, n_tokens, n_bytes = rule.rows(instances)
@@ -212,7 +219,7 @@ def score_instances(
         waiting = np.setdiff1d(np.arange(len(rows)), known)
     else:
         waiting = np.arange(len(rows))
-    for batch, logp in _scored(scorer, [rows[number] for number in waiting], rule, token_budget):
+    for batch, logp in _scored(scorer, [rows[number] for number in waiting], rule, token_budget, first_row):
         if np.shape(logp) != batch.rows.shape:
             raise ScoreError(
                 "the scorer did not give one number for each instance.",
@@ -233,23 +240,39 @@ def score_instances(
 
 
 def _scored(
-    scorer: Scorer, rows: list[Row], rule: RowRule, token_budget: int
+    scorer: Scorer, rows: list[Row], rule: RowRule, token_budget: int, first_row: int
 ) -> Iterator[tuple[Batch, NDArray[np.float64]]]:
-    """Batches with their scores, in order; later ones are prepared and handed over while earlier ones are computed."""
+    """Batches with their scores, in order; later ones are prepared and handed over while earlier ones are computed.
+
+    After an error, what is on its way is waited for and given before the error is raised: it may have cost money.
+    """
     if not rows:
         return
     submit = getattr(scorer, "submit", None)
-    waiting: deque[tuple[Batch, Any]] = deque()
-    for batch in batches(rows, token_budget, rule.separator, getattr(scorer, "most_rows", None)):
-        if submit is None:
-            yield batch, scorer.score(batch.tokens, batch.counted)
-            continue
-        waiting.append((batch, submit(batch.tokens, batch.counted)))
-        if len(waiting) > scorer.in_flight:  # type: ignore[attr-defined]  # belongs to `submit`
-            batch, pending = waiting.popleft()
-            yield batch, pending.result()
-    for batch, pending in waiting:
-        yield batch, pending.result()
+    in_flight = 0 if submit is None else scorer.in_flight  # type: ignore[attr-defined]  # belongs to `submit`
+    waiting: deque[tuple[Batch, Callable[[], NDArray[np.float64]]]] = deque()
+
+    def first() -> tuple[Batch, NDArray[np.float64]]:
+        batch, answer = waiting.popleft()
+        try:
+            return batch, answer()
+        except ScoreError as error:
+            names = sorted({first_row + rows[row].instance for row in batch.rows.tolist()})
+            raise ScoreError(f"instance {', '.join(f'{name:,}' for name in names)}: {error}") from error
+
+    try:
+        for batch in batches(rows, token_budget, rule.separator, getattr(scorer, "most_rows", None)):
+            computed = partial(scorer.score, batch.tokens, batch.counted)
+            waiting.append((batch, computed if submit is None else submit(batch.tokens, batch.counted).result))
+            while len(waiting) > in_flight:
+                yield first()
+        while waiting:
+            yield first()
+    except MiniplmError:
+        while waiting:
+            with contextlib.suppress(MiniplmError):
+                yield first()
+        raise
 
 
 def _refuse_no_numbers(table: pa.Table, task: _Task) -> None:
@@ -262,7 +285,7 @@ def _refuse_no_numbers(table: pa.Table, task: _Task) -> None:
         )
 
 
-def _row_rule(packed: Packed, scorer: Scorer, settings: ScoreSettings) -> tuple[RowRule, str]:
+def row_rule(packed: Packed, scorer: Scorer, settings: ScoreSettings) -> tuple[RowRule, str]:
     """How instances become this model's rows, and the fingerprint of the tokenizer whose ids those are.
 
     Raises:
