@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # For what is installed, and for what builds it.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: demo test fast lint clean
+.PHONY: demo test fast test-server lint clean
 
 demo: $(VENV)/run
 	$(BIN)/miniplm run recipes/quickstart.yaml
@@ -16,6 +16,9 @@ test: lint
 
 fast: $(VENV)/dev                      ## the tests that take a moment, for the inner loop
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-server: $(VENV)/server             ## against a real llama-cpp-python server; builds it first, which takes minutes
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/scoring/test_llama_server.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -35,6 +38,10 @@ $(VENV)/run: pyproject.toml $(VENV)/torch
 
 $(VENV)/dev: pyproject.toml $(VENV)/run
 	$(BIN)/python -m pip install --quiet -e ".[train,report,dev]"
+	touch $@
+
+$(VENV)/server: $(VENV)/dev
+	PIP_CONSTRAINT= $(BIN)/python -m pip install --quiet "llama-cpp-python[server]==0.3.36" gguf==0.19.0
 	touch $@
 
 clean:

@@ -23,7 +23,7 @@ from conftest import write_jsonl
 from miniplm.errors import ModelError, ScoreError
 from miniplm.packing.instances import Packed
 from miniplm.recipe import Compute, GivenModel, ScoreSettings, ServerModel
-from miniplm.scoring import server as server_module
+from miniplm.scoring import line as line_module
 from miniplm.scoring.huggingface import load
 from miniplm.scoring.server import connect
 
@@ -117,7 +117,7 @@ def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
 @pytest.fixture(autouse=True)
 def _key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINIPLM_SERVER_KEY", KEY)
-    monkeypatch.setattr(server_module, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(line_module, "_FIRST_WAIT", 0.01)
 
 
 def expected_scores(model: tuple[LlamaForCausalLM, Path], tokens: Any, counted: Any) -> Any:
@@ -166,6 +166,7 @@ def test_a_model_without_a_bos_is_refused_because_its_numbers_are_of_other_token
     with pytest.raises(ModelError) as caught:
         ids.score(tokens, np.ones((1, T), np.bool_))
     ids.close()
+    assert "asked 3 times" in str(caught.value)
     assert "send: text" in str(caught.value)
     monkeypatch.setenv("MINIPLM_SERVER_KEY", "another")
     wrong = connect(served, Compute(server_concurrency=1))

@@ -27,7 +27,7 @@ from conftest import write_jsonl
 from miniplm.errors import MissingExtraError, ModelError, RecipeError, ScoreError
 from miniplm.packing.instances import Packed
 from miniplm.recipe import Compute, GivenModel, ScoreSettings, ServerModel, VllmModel
-from miniplm.scoring import server as server_module
+from miniplm.scoring import line as line_module
 from miniplm.scoring import vllm as vllm_module
 from miniplm.scoring.huggingface import load as load_local
 from miniplm.scoring.server import ServerScorer, connect
@@ -139,7 +139,7 @@ def either(request: pytest.FixtureRequest, processes: dict[str, Served]) -> Serv
 
 @pytest.fixture(autouse=True)
 def _no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "_FIRST_WAIT", 0.001)
+    monkeypatch.setattr(line_module, "_FIRST_WAIT", 0.001)
     monkeypatch.setenv("MINIPLM_SERVER_KEY", "")
 
 
@@ -347,6 +347,16 @@ def test_a_server_that_never_recovers_is_given_up(vllm: Served, pool: Packed, co
     assert "\x1b" not in str(caught.value)
 
 
+@pytest.mark.parametrize("dialect", ["auto", "echo"])
+def test_a_server_that_takes_no_ids_and_says_500_is_told_of_soon(
+    dialect: str, echo: Served, pool: Packed, connected: Any
+) -> None:
+    echo.faults(every={"n": 1, "status": 500})
+    with pytest.raises(ModelError, match=r"(?s)asked 3 times.*send: text"):
+        connected(echo.model(dialect=dialect)).score(*batch(pool, 2))
+    assert echo.seen().requests == 3  # the second row is not asked for
+
+
 def test_nobody_there_is_an_error_that_says_where(connected: Any, pool: Packed) -> None:
     with pytest.raises(ModelError, match=r"(?s)127\.0\.0\.1:9.*ConnectError"):
         connected(ServerModel(server="http://127.0.0.1:9/v1", model="tiny")).score(*batch(pool, 1))
@@ -355,8 +365,8 @@ def test_nobody_there_is_an_error_that_says_where(connected: Any, pool: Packed) 
 def test_a_server_that_does_not_answer_in_time_is_asked_again(
     vllm: Served, pool: Packed, connected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_module, "_TIMEOUT", 0.05)
-    monkeypatch.setattr(server_module, "_TRIES", 2)
+    monkeypatch.setattr(line_module, "_TIMEOUT", 0.05)
+    monkeypatch.setattr(line_module, "_TRIES", 2)
     vllm.faults(slow=0.4)
     with pytest.raises(ModelError, match="ReadTimeout"):
         connected(vllm.model(dialect="vllm")).score(*batch(pool, 1))
@@ -371,9 +381,9 @@ def test_waits_grow_are_jittered_and_have_an_end(
     async def sleep(seconds: float) -> None:
         waits.append(seconds)
 
-    monkeypatch.setattr(server_module, "asyncio", SimpleNamespace(**vars(server_module.asyncio) | {"sleep": sleep}))
-    monkeypatch.setattr(server_module, "_FIRST_WAIT", 0.5)
-    monkeypatch.setattr(server_module, "_LONGEST_WAIT", 4.0)
+    monkeypatch.setattr(line_module, "asyncio", SimpleNamespace(**vars(line_module.asyncio) | {"sleep": sleep}))
+    monkeypatch.setattr(line_module, "_FIRST_WAIT", 0.5)
+    monkeypatch.setattr(line_module, "_LONGEST_WAIT", 4.0)
     for every in ({"n": 1, "status": 500}, {"n": 1, "status": 429, "retry_after": "3"}):
         vllm.faults(every=every)
         with pytest.raises(ModelError):
