@@ -27,7 +27,7 @@ from miniplm.packing.sample import pool_rows
 from miniplm.pipeline.chain import Chain, chain
 from miniplm.pipeline.run import plan, run
 from miniplm.recipe import GivenModel, ProxySettings, parse
-from miniplm.report.findings import gather
+from miniplm.report.findings import gather, proxy_lines
 from miniplm.report.write import write_report
 from miniplm.sampling.base import keep_count, open_selection
 from miniplm.sampling.difference import differences
@@ -403,10 +403,15 @@ def test_the_report_of_a_run_with_a_proxy_says_how_good_and_how_cheap_it_was(fin
     figures = json.loads((finished["proxy/model"].path / proxies.FIGURES).read_bytes())
     assert findings["proxy"]["held_out"] == figures["held_out"]
     assert findings["proxy"]["flops"] == figures["flops"]
+    agreement = figures["held_out"]["agreement"]
     assert findings["proxy"]["agreement"] == [
-        {"ratio": 0.4, "selection": "difference", "agreement": figures["held_out"]["agreement"]["0.4"]},
-        {"ratio": 0.5, "selection": "within", "agreement": figures["held_out"]["agreement"]["0.5"]},
+        {"selection": "difference", "ratio": 0.4, "agreement": agreement["0.4"], "by_chance": pytest.approx(0.52)},
+        {"selection": "within", "ratio": 0.5, "agreement": agreement["0.5"], "by_chance": 0.5},
     ]
+    lines = "\n".join(proxy_lines(findings))
+    assert f"Spearman {figures['held_out']['spearman']:.3f}" in lines
+    assert f"{figures['flops']['saved']:.1%} saved" in lines
+    assert "9e+18 instead of 2e+20, 95%" in lines
     assert findings["scores"]["instances"] == len(open_scores(finished["score/difference"].path))
     rows = set(pool_rows(miniplm.open_packed(finished["proxy/sample"].path)).tolist())
     shown = findings["effects"]["hard_kept"]
@@ -419,7 +424,7 @@ def test_the_report_of_a_run_with_a_proxy_says_how_good_and_how_cheap_it_was(fin
         )
     page = write_report(finished).read_text()
     assert f"{figures['held_out']['spearman']:.3f}" in page
-    assert "The paper" in page
+    assert "reference in place of the student" in page
 
 
 @pytest.mark.slow

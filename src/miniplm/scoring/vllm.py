@@ -21,7 +21,7 @@ from miniplm.errors import MissingExtraError, ModelError, RecipeError
 from miniplm.models.load import hub_commit, name_of, own_tokenizer
 from miniplm.packing.tokenizer import Tokenizer
 from miniplm.recipe import Compute, GivenModel, ScoreSettings, VllmModel
-from miniplm.scoring.server import checked, needed, unusable
+from miniplm.scoring.completions import checked, needed, unusable
 
 _WHOSE = "vLLM's answer"
 
