@@ -13,7 +13,7 @@ ROOT = Path(miniplm.__file__).parent
 LAYERS = [
     {"errors", "progress"},
     {"artifact", "recipe"},
-    {"corpus", "engine"},
+    {"corpus", "engine", "engine.ray"},
     {"packing"},
     {"models", "scoring.base"},
     {"sampling", "analysis"},
@@ -25,6 +25,9 @@ LAYERS = [
 ]
 TORCH_FROM = 4  # the first layer that may import torch and transformers
 TORCH = {"torch", "transformers", "accelerate"}
+OWN_ROOMS = ("scoring.base", "engine.ray")  # modules that are a room by themselves
+MAY_ALSO = {"engine.ray": "engine.base"}  # of its own layer
+ONLY_IN = {"ray": "engine.ray", "vllm": "scoring.vllm", "httpx": "scoring.line"}  # package -> module
 
 
 def rooms() -> Iterator[tuple[str, str, Path]]:
@@ -36,7 +39,7 @@ def rooms() -> Iterator[tuple[str, str, Path]]:
 
 
 def room_of(module: str) -> str:
-    return module if module == "scoring.base" else module.split(".")[0]
+    return module if module in OWN_ROOMS else module.split(".")[0]
 
 
 def layer_of(room: str) -> int:
@@ -79,6 +82,8 @@ def test_each_layer_imports_only_lower_ones() -> None:
                 continue
             if room.split(".")[0] == other.split(".")[0] and other == "scoring.base":
                 continue
+            if MAY_ALSO.get(room) == target:
+                continue
             if layer_of(other) >= layer_of(room):
                 met.append(f"{module} (layer {layer_of(room)}) imports {target} (layer {layer_of(other)})")
     assert not met, "\n".join(met)
@@ -88,6 +93,18 @@ def test_low_layers_know_nothing_of_torch() -> None:
     for module, room, path in rooms():
         if layer_of(room) < TORCH_FROM or room == "scoring.base":
             assert not {name.split(".")[0] for name in imports(path)} & TORCH, module
+
+
+def test_packages_of_one_backend_are_imported_by_one_module_when_it_is_used() -> None:
+    for package, home in ONLY_IN.items():
+        users = {module for module, _, path in rooms() if package in {n.split(".")[0] for n in imports(path)}}
+        assert users <= {home}, package
+        early = {
+            module
+            for module, _, path in rooms()
+            if package in {n.split(".")[0] for n in imports(path, top_level_only=True)}
+        }
+        assert not early, f"{package} is imported with the module, not when it is used"
 
 
 def test_the_two_lowest_layers_need_the_standard_library_pydantic_yaml_and_tqdm_alone() -> None:

@@ -150,6 +150,7 @@ class Workspace:
     def seal(self, name: str, identity: Identity, counts: Mapping[str, Any]) -> None:
         """Make the subfolder `name` an artifact of its own, so that it can be opened and verified by itself."""
         (self.path / name).mkdir(parents=True, exist_ok=True)
+        _tidy(self.path / name)
         self.write_json(f"{name}/{MANIFEST}", _manifest(self.path / name, identity, counts))
 
 
@@ -180,6 +181,7 @@ def make(path: Path | str, identity: Identity, work: Callable[[Workspace], Mappi
                 workspace = Workspace(partial)
                 begun = time.monotonic()
                 counts = work(workspace)
+                _tidy(partial)
                 seconds = round(time.monotonic() - begun, 3)
                 how = {"seconds": seconds, "resumed": resumed, **workspace.provenance, **_versions()}
                 workspace.write_json(PROVENANCE, how)
@@ -422,9 +424,14 @@ def _claim(partial: Path, identity: Identity, path: Path) -> bool:
             facts=_differences(begun, identity),
             remedy=f"Finish it with its own settings, remove {partial}, or choose another output folder than {path}.",
         )
-    for leftover in sorted(partial.rglob("*" + _TEMPORARY), reverse=True):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    _tidy(partial)
     return any(entry.name not in {_IDENTITY, _LOCK} for entry in partial.iterdir())
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what processes left behind that were killed while they wrote: this one's last run, an engine's workers."""
+    for leftover in sorted(folder.rglob("*" + _TEMPORARY), reverse=True):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@
     ├── ModelError                 a model that cannot be loaded or does not fit the data
     ├── ScoreError                 scores that cannot be used (NaN, infinite, too few)
     ├── TrainingError              training that cannot begin or go on
+    ├── EngineError                workers that cannot be had, or that are lost again and again
     └── StorageError               the disk is full
 
 A message says what was found, what was expected and what to do, with the values. `MiniplmError.facts` lays the
@@ -53,6 +54,10 @@ class MissingExtraError(MiniplmError):
             f"this needs the package {module!r}, which is not installed.",
             remedy=f'Install it with: pip install "miniplm[{extra}]"',
         )
+        self.extra, self.module = extra, module
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:  # workers elsewhere send it back
+        return MissingExtraError, (self.extra, self.module)
 
 
 class CorpusError(MiniplmError):
@@ -97,6 +102,10 @@ class ScoreError(MiniplmError):
 
 class TrainingError(MiniplmError):
     """Training that cannot begin or go on."""
+
+
+class EngineError(MiniplmError):
+    """Workers that cannot be had, or that are lost again and again."""
 
 
 class StorageError(MiniplmError):

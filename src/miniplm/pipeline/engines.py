@@ -7,10 +7,10 @@ from miniplm.engine.local import LocalEngine
 from miniplm.recipe import Compute
 
 
-def engine_of(compute: Compute) -> Engine:
-    """The engine that `compute.engine` names."""
+def engine_of(compute: Compute, *, model: bool = True) -> Engine:
+    """The engine that `compute.engine` names; `model` says whether workers run one, and so want a GPU."""
     if compute.engine == "ray":
         from miniplm.engine.ray import RayEngine
 
-        return RayEngine(compute.ray)
+        return RayEngine(compute.ray, model)
     return LocalEngine()
