@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from conftest import write_jsonl
-from miniplm import cli
+from miniplm import artifact, cli
 from miniplm.recipe import load
 
 HOSTILE = "\x1b[31mred\x1b[0m <script>alert(1)</script> \u202e\x07"
-VERBS = ("plan", "run", "report", "prepare", "score", "select", "train", "eval", "show", "verify")
+VERBS = ("plan", "run", "report", "prepare", "score", "drift", "select", "train", "eval", "show", "verify")
 
 RECIPE = """
 schema: 1
@@ -618,3 +618,38 @@ def test_rows_of_other_instances_are_refused_for_training(
         "--rows", finished.path("selections/difference"), "--out", tmp_path / "model",
     )  # fmt: skip
     assert "other instances" in message
+
+
+def test_a_score_tells_how_fast_it_was_and_keeps_it(
+    finished: Finished, succeed: Callable[..., str], tmp_path: Path
+) -> None:
+    model = finished.path("models/teacher")
+    out = succeed("score", finished.pool, "--model", model, "--out", tmp_path / "scores", "--documents", "isolate")
+    assert "tokens/s" in out
+    assert "of this machine's matrix products" in out
+    how = artifact.provenance(tmp_path / "scores")
+    assert how["tokens_per_s"] > 0
+    assert 0 < how["share_of_matmul_rate"] < 1
+    assert how["flops_per_s"] < how["matmul_flops_per_s"]
+    assert artifact.read(tmp_path / "scores").identity.recipe["documents"] == "isolate"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # importing torch's compiler causes them
+def test_drift_prints_each_way_and_writes_the_table(
+    finished: Finished, succeed: Callable[..., str], tmp_path: Path
+) -> None:
+    out = succeed(
+        "drift", finished.pool, "--teacher", finished.path("models/teacher"), "--reference",
+        finished.path("models/reference"), "--sample", "24", "--out", tmp_path / "drift",
+    )  # fmt: skip
+    rows = json.loads((tmp_path / "drift" / "drift.json").read_bytes())
+    assert len(rows) >= 6
+    for row in rows:
+        assert any(line.startswith(row["way"]) for line in out.splitlines())
+
+
+def test_a_server_that_is_not_there_is_an_error(finished: Finished, fail: Callable[..., str], tmp_path: Path) -> None:
+    err = fail(
+        "score", finished.pool, "--server", "http://user:secret@127.0.0.1:9/v1", "--model", "x", "--out", tmp_path / "s"
+    )
+    assert "secret" not in err

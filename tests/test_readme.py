@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from conftest import write_jsonl
 from miniplm import cli
@@ -69,6 +70,16 @@ def test_the_make_targets_that_readme_names_exist() -> None:
             [*shlex.split(command), "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout
         assert {"make demo": "miniplm run recipes/quickstart.yaml", "make test": "pytest"}[command] in planned
+
+
+def test_the_commands_of_the_other_pages_are_such_that_the_program_takes_them() -> None:
+    known = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    pages = sorted((ROOT / "docs").glob("*.md"))
+    there = [line[2:] for page in pages for line in page.read_text().splitlines() if line.startswith("$ miniplm ")]
+    assert there
+    for command in there:
+        _, verb, *arguments = shlex.split(command)
+        known[verb].make_context(verb, arguments)  # raises, naming the option, if it cannot be called so
 
 
 @pytest.mark.slow

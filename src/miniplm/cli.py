@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # is 5 to 9 times as fast (measured, NOTES.md). It has to be said before torch is imported.
 _OPENMP_WAIT = "passive"
 
+_OPTIONS = {"score_tokens": "batch-tokens", "train_micro_batch": "micro-batch"}  # settings whose options differ
+
 app = typer.Typer(
     help="MiniPLM: refine a pre-training corpus with a large model's knowledge, once; train any student on the result.",
     no_args_is_help=True,
@@ -389,7 +391,9 @@ def _compute(**settings: Any) -> Compute:
         return Compute(**settings)
     except ValidationError as error:
         first = error.errors()[0]
-        raise RecipeError(f"--{first['loc'][0]} {first['input']!r} cannot be used: {first['msg']}") from error
+        setting = str(first["loc"][0])
+        option = _OPTIONS.get(setting, setting)
+        raise RecipeError(f"--{option} {first['input']!r} cannot be used: {first['msg']}") from error
 
 
 def _is_number(text: str) -> bool:

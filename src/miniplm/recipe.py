@@ -156,7 +156,7 @@ class ServerModel(Settings):
     revision: str = Field("", description="whatever tells one state of the served weights from another")
     dialect: Literal["auto", "vllm", "echo"] = Field("auto", description="`prompt_logprobs`, or `echo` with `logprobs`")
     send: Literal["ids", "text"] = Field(
-        "ids", description="the prompt as token ids; `text` where a server takes no ids"
+        "ids", description="the prompt as token ids; `text`, which needs `tokenizer`, where a server takes no ids"
     )
     tokenizer: str | None = Field(None, description="its tokenizer: folder or Hub id; needed for `tokenizer: own`")
     key_env: str = Field(
@@ -236,9 +236,9 @@ class ProxySettings(Settings):
     )
     held_out: Share = Field(0.2, gt=0, description="of the scored share: what the proxy is measured on, not trained on")
     validation: Share = Field(0.1, gt=0, description="of the scored share: decides which epoch is kept")
-    epochs: int = Field(3, ge=0, description="0: the head alone, by ridge regression on the reference's states")
-    learning_rate: float = Field(3e-4, gt=0)
-    batch: int = Field(32, gt=0, description="instances")
+    epochs: int = Field(5, ge=0, description="0: the head alone, by ridge regression on the reference's states")
+    learning_rate: float = Field(5e-4, gt=0)
+    batch: int = Field(16, gt=0, description="instances")
     precision: Precision = Field("bfloat16", description="of the products in training; the weights are float32")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="of the sample, its division and the order of training")
 

@@ -36,8 +36,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         return miniplm.prepare(
-            str(text), tokenizer={"train": {"vocab_size": 300}}, sequence_length=T, split={"reference": 0.2, "held_out": 0},
-            out=folder / "corpus",
+            str(text), tokenizer={"train": {"vocab_size": 300}}, sequence_length=T,
+            split={"reference": 0.2, "held_out": 0}, out=folder / "corpus",
         )  # fmt: skip
 
 

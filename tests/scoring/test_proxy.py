@@ -482,6 +482,12 @@ def test_recipes_that_cannot_be_are_errors_that_say_why() -> None:
     assert "nothing is left to train on" in refused(proxy={"held_out": 0.6, "validation": 0.4})
 
 
+def test_a_proxy_can_be_left_out_of_a_recipe_that_has_one() -> None:
+    recipe = parse(recipe_with(), overrides=["proxy=null"])
+    assert recipe.proxy is None
+    assert parse(recipe.resolved()) == recipe
+
+
 class NeedsTheTeacher:
     """A sampler of one's own that reads the teacher's scores."""
 

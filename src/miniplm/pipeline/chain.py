@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,12 +25,22 @@ from miniplm.corpus.sources import Documents, open_documents
 from miniplm.evaluation import evaluate as evaluating
 from miniplm.models.load import model_fingerprint
 from miniplm.packing import prepare as preparing
-from miniplm.packing.instances import Packed, packed_identity
+from miniplm.packing import sample as sampling
+from miniplm.packing.instances import Packed, open_packed, packed_identity
 from miniplm.pipeline.engines import engine_of
-from miniplm.pipeline.stages import evaluate_model, score_part, select_rows, train_model
+from miniplm.pipeline.stages import (
+    evaluate_model,
+    make_proxy,
+    sample_pool,
+    score_part,
+    score_with_proxy,
+    select_rows,
+    train_model,
+)
 from miniplm.recipe import CorpusSettings, GivenModel, Recipe, ScoredModel, TrainSettings
 from miniplm.sampling.named import identity as selection_identity
-from miniplm.sampling.named import sampler_from
+from miniplm.sampling.named import needs_with_proxy, sampler_from
+from miniplm.scoring import proxy as proxies
 from miniplm.scoring import score as scoring
 from miniplm.training import trainer as training
 from miniplm.training.presets import preset
@@ -103,7 +113,7 @@ def chain(recipe: Recipe, root: Path) -> Chain:
     make: Make
 
     def make_corpus(out: Path, _: Identity) -> object:
-        return preparing.prepare(open_corpus_documents(), recipe.prepare, out, engine_of(compute))
+        return preparing.prepare(open_corpus_documents(), recipe.prepare, out, engine_of(compute, model=False))
 
     what = preparing.identity(documents_fingerprint, recipe.prepare)
     corpus = stages.add("prepare", "corpus", what, after_documents, make_corpus)
@@ -125,19 +135,30 @@ def chain(recipe: Recipe, root: Path) -> Chain:
         make = partial(train_model, model, open_data, None, None, rule.counted, compute)
         models[role] = _Model.made_by(stages.add(f"train/{role}", f"models/{role}", what, ("prepare",), make))
 
+    if recipe.proxy is not None:  # teacher and reference score a share of the pool, see appendix E
+        what = sampling.identity(pool, recipe.proxy.share, recipe.proxy.seed)
+        sampled = stages.add("proxy/sample", "proxy/sample", what, ("prepare",), partial(sample_pool, open_pool))
+        scored_part, after_scored = sampled.identity.fingerprint, ("proxy/sample",)
+        open_scored: Callable[[], Packed] = partial(open_packed, sampled.path)
+    else:
+        scored_part, after_scored, open_scored = pool, ("prepare",), open_pool
+
     scores: dict[str, Stage] = {}
     for role, scored in models.items():
         how = rule if role == "teacher" else rule.model_copy(update={"quantize": "none"})
-        what = scoring.identity(pool, scored.fingerprint, how)
-        needs = ("prepare", *scored.stage)
-        make = partial(score_part, open_pool, scored.given, compute)
+        what = scoring.identity(scored_part, scored.fingerprint, how)
+        needs = (*after_scored, *scored.stage)
+        make = partial(score_part, open_scored, scored.given, compute)
         scores[role] = stages.add(f"score/{role}", f"scores/{role}", what, needs, make)
+    if recipe.proxy is not None:
+        scores["difference"] = _predicted(stages, models, scores, pool, open_pool)
 
     fingerprints = {"pool": pool, **{role: stage.identity.fingerprint for role, stage in scores.items()}}
     for name, settings in recipe.select.items():
         sampler = sampler_from(settings)
-        read = {role: stage for role, stage in scores.items() if role in sampler.needs}
-        what = selection_identity(settings.sampler, sampler, fingerprints)
+        wanted = sampler.needs if recipe.proxy is None else needs_with_proxy(settings.sampler, sampler)
+        read = {role: stage for role, stage in scores.items() if role in wanted}
+        what = selection_identity(settings.sampler, sampler, fingerprints, wanted)
         needs = ("prepare", *(stage.name for stage in read.values()))
         make = partial(select_rows, sampler, open_pool, {role: stage.path for role, stage in read.items()})
         stages.add(f"select/{name}", f"selections/{name}", what, needs, make)
@@ -174,6 +195,33 @@ class _Model:
     @classmethod
     def made_by(cls, stage: Stage) -> _Model:
         return cls(stage.identity.fingerprint, GivenModel(model=str(stage.path)), (stage.name,))
+
+
+def _predicted(
+    stages: Chain,
+    models: Mapping[str, _Model],
+    scores: Mapping[str, Stage],
+    pool: str,
+    open_pool: Callable[[], Packed],
+) -> Stage:
+    """The stages that train a proxy on the sample's scores and predict the difference for the pool; the last one."""
+    recipe, sampled = stages.recipe, stages["proxy/sample"]
+    assert recipe.proxy is not None
+    inputs = {
+        "sample": sampled.identity.fingerprint,
+        **{role: stage.identity.fingerprint for role, stage in scores.items()},
+        "model": models["reference"].fingerprint,
+        "teacher_model": models["teacher"].fingerprint,
+    }
+    what = proxies.identity(recipe.proxy, recipe.score.counted, inputs)
+    needs = (sampled.name, *(stage.name for stage in scores.values()), *models["reference"].stage)
+    paths = {role: stage.path for role, stage in scores.items()}
+    given = {role: model.given for role, model in models.items()}
+    make: Make = partial(make_proxy, recipe.proxy, sampled.path, paths, given, recipe.score.counted, recipe.compute)
+    proxy = stages.add("proxy/model", "proxy/model", what, needs, make)
+    what = scoring.identity(pool, proxy.identity.fingerprint, proxies.pool_settings(recipe.score))
+    make = partial(score_with_proxy, open_pool, proxy.path, recipe.compute)
+    return stages.add("score/difference", "scores/difference", what, ("prepare", proxy.name), make)
 
 
 def _documents(stages: Chain) -> tuple[str, Callable[[], Documents]]:

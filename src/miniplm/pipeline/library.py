@@ -119,7 +119,7 @@ def prepare(
     except ValidationError as error:
         raise _refused(error) from error
     documents = open_documents(source, block_bytes, which, skipping)
-    return preparing.prepare(documents, settings, out, engine_of(compute or Compute()))
+    return preparing.prepare(documents, settings, out, engine_of(compute or Compute(), model=False))
 
 
 def train(

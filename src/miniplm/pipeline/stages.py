@@ -12,12 +12,14 @@ from pathlib import Path
 
 from miniplm.artifact import Identity, Manifest
 from miniplm.evaluation.evaluate import Evaluation, evaluate
-from miniplm.packing.instances import Packed
+from miniplm.packing.instances import Packed, open_packed
+from miniplm.packing.sample import sample
 from miniplm.pipeline.engines import engine_of
-from miniplm.recipe import Compute, Counted, ScoredModel, ScoreSettings, TrainSettings
+from miniplm.recipe import Compute, Counted, GivenModel, ProxySettings, ScoredModel, ScoreSettings, TrainSettings
 from miniplm.sampling.base import Pool, Sampler, open_selection, save
 from miniplm.scoring.base import Scores, open_scores
 from miniplm.scoring.load import load_scorer
+from miniplm.scoring.proxy import Proxy, ProxyData, load_proxy, train_proxy
 from miniplm.scoring.score import score
 from miniplm.training.trainer import Checkpoint, TrainingData, train
 
@@ -51,12 +53,46 @@ def score_part(open_packed: OpenPacked, model: ScoredModel, compute: Compute, ou
     return score(open_packed(), make_scorer, out, what, compute, engine_of(compute))
 
 
+def sample_pool(open_pool: OpenPacked, out: Path, what: Identity) -> Packed:
+    """Draw the share of the pool that teacher and reference score where there is a proxy."""
+    return sample(open_pool(), out, what)
+
+
+def make_proxy(
+    settings: ProxySettings,
+    sampled: Path,
+    scores: Mapping[str, Path],
+    models: Mapping[str, ScoredModel],
+    counted: Counted,
+    compute: Compute,
+    out: Path,
+    what: Identity,
+) -> Proxy:
+    """Fine-tune the reference model to predict the difference; `scores` (of the sample) and `models` are by role."""
+    reference = models["reference"]
+    assert isinstance(reference, GivenModel)  # the recipe has made sure
+    opened = {role: open_scores(path) for role, path in scores.items()}
+    data = ProxyData(
+        open_packed(sampled), opened["teacher"], opened["reference"], reference, models["teacher"], counted
+    )
+    return train_proxy(data, settings, out, what, compute)
+
+
+def score_with_proxy(open_packed: OpenPacked, proxy: Path, compute: Compute, out: Path, what: Identity) -> Scores:
+    """Predict the difference for every instance of a packed part."""
+    make_scorer = partial(load_proxy, proxy, ScoreSettings.model_validate(what.recipe).dtype, compute)
+    return score(open_packed(), make_scorer, out, what, compute, engine_of(compute))
+
+
 def select_rows(
     sampler: Sampler, open_pool: OpenPacked, scores: Mapping[str, Path], out: Path, what: Identity
 ) -> Manifest:
-    """Run a sampler on the scores that it needs (role -> folder), and write what it chose."""
+    """Run a sampler on the scores that it needs (role -> folder; a proxy's are `difference`), and write its choice."""
     opened = {role: open_scores(path) for role, path in scores.items()}
-    selection = sampler.select(opened.get("teacher"), opened.get("reference"), pool=Pool.of(open_pool()))
+    if "difference" in opened:
+        selection = sampler.select_predicted(opened["difference"])  # type: ignore[attr-defined]  # `needs_with_proxy`
+    else:
+        selection = sampler.select(opened.get("teacher"), opened.get("reference"), pool=Pool.of(open_pool()))
     return save(out, what, selection)
 
 

@@ -6,28 +6,45 @@ many tokens the control would need, read off the measured curves by linear inter
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from math import exp, log
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from miniplm import artifact
 from miniplm.evaluation.evaluate import Evaluation, open_evaluation
 from miniplm.evaluation.loss import ALL, compare
-from miniplm.packing.instances import Packed
+from miniplm.packing.instances import Packed, open_packed
 from miniplm.packing.prepare import open_corpus
+from miniplm.packing.sample import pool_rows
 from miniplm.pipeline.chain import Chain, Stage
 from miniplm.sampling.base import open_selection
 from miniplm.sampling.difference import differences
 from miniplm.scoring.base import Scores, open_scores
+from miniplm.scoring.proxy import FIGURES, HELD_OUT, agreement
 from miniplm.training.trainer import read_curve
 
 HISTOGRAM_BINS = 80
 EXAMPLES = 3
 EXAMPLE_CHARACTERS = 700
+PAPER_PROXY = {
+    "full_path": 2e20,  # 1.8B teacher, 104M reference, 100B tokens, by non-embedding parameters
+    "proxy_path": 9e18,
+    "saved": 0.95,
+    "scores": {"without": 41.3, "with": 40.9},  # average of nine tasks, 200M student
+    "references": [
+        {"reference": "45M", "pearson": 0.743, "spearman": 0.774, "agreement": 0.806},
+        {"reference": "104M", "pearson": 0.826, "spearman": 0.840, "agreement": 0.874},
+        {"reference": "200M", "pearson": 0.856, "spearman": 0.879, "agreement": 0.895},
+    ],
+}
+"""What the paper printed: appendix E, and of Table 11 (appendix D.4) the reference's size, which is another quantity:
+how log p − log p_ref follows log p − log q of a 500M student, at ratio 0.5."""
 _QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 _EASY_NATS = (
     1.5  # per token: an example of "easy and common" is one that the reference finds easier than this, if any is
@@ -42,6 +59,14 @@ def gather(stages: Chain) -> dict[str, Any]:
     control = _control(stages)
     students = [_student(stages, name, evaluations.get(name)) for name in recipe.students]
     scores = {name: open_scores(stage.path) for name, stage in stages.within("score")}
+    proxy = _proxy(stages)
+    if proxy is None:
+        instances, rows, normalize = corpus.pool, np.arange(len(corpus.pool)), "token"
+        difference = differences(scores["teacher"], scores["reference"])
+    else:  # teacher and reference have seen a sample of the pool only
+        instances, normalize = open_packed(stages["proxy/sample"].path), proxy["normalize"]
+        rows, difference = pool_rows(instances), scores["difference"].per("token")
+    kept = _kept(stages, len(corpus.pool))
     return {
         "schema": 1,
         "name": recipe.name,
@@ -52,9 +77,12 @@ def gather(stages: Chain) -> dict[str, Any]:
             for role in ("teacher", "reference")
         ],
         "comparisons": _comparisons(students, evaluations, control),
-        "scores": _score_histogram(scores["teacher"], scores["reference"]),
+        "scores": _score_histogram(difference, normalize),
+        "proxy": proxy,
         "selections": [_selection(stages, name, stage) for name, stage in stages.within("select")],
-        "effects": _effects(corpus.pool, scores["teacher"], scores["reference"], _kept(stages, len(corpus.pool))),
+        "effects": _effects(
+            instances, rows, scores["teacher"], scores["reference"], None if kept is None else kept[rows]
+        ),
         "corpus": dict(corpus.manifest.counts),
         "stages": [_stage(stage, stages) for stage in stages.values()],
         "recipe": recipe.resolved(),
@@ -190,12 +218,57 @@ def _same_loss(student: Mapping[str, Any], control: Mapping[str, Any], verdict: 
     return {"control_tokens": reached, "student_tokens": total, "ratio": reached / total, "note": note}
 
 
-def _score_histogram(teacher: Scores, reference: Scores) -> dict[str, Any]:
-    scores = differences(teacher, reference)
+def _proxy(stages: Chain) -> dict[str, Any] | None:
+    """What the proxy was measured to be, with its agreement at the ratios in use; None if the recipe has none."""
+    if (stage := stages.get("proxy/model")) is None:
+        return None
+    held_out = pq.read_table(stage.path / HELD_OUT)
+    true, predicted = held_out["difference"].to_numpy(), held_out["predicted"].to_numpy()
+    return {
+        **json.loads((stage.path / FIGURES).read_bytes()),
+        "agreement": [
+            {
+                "selection": name,
+                "ratio": settings.ratio,
+                "agreement": agreement(true, predicted, settings.ratio),
+                "by_chance": settings.ratio**2
+                + (1 - settings.ratio) ** 2,  # of rankings that know nothing of each other
+            }
+            for name, settings in stages.recipe.select.items()
+            if settings.sampler == "difference"
+        ],
+        "paper": PAPER_PROXY,
+    }
+
+
+def proxy_lines(findings: Mapping[str, Any]) -> list[str]:
+    """The proxy as lines for the terminal, from `report.json`; none if there was none."""
+    if (proxy := findings.get("proxy")) is None:
+        return []
+    held_out, flops = proxy["held_out"], proxy["flops"]
+    lines = [
+        f"proxy: Spearman {held_out['spearman']:.3f}, Pearson {held_out['pearson']:.3f} with the true difference on "
+        f"{held_out['instances']:,} held-out instances"
+    ]
+    lines += [
+        f"  {one['selection']}: the same decision on {one['agreement']:.1%} of them at ratio {one['ratio']:g} "
+        f"(by chance {one['by_chance']:.1%})"
+        for one in proxy["agreement"]
+    ]
+    if flops["saved"] is not None:
+        paper = f"the paper, at its size: {PAPER_PROXY['proxy_path']:.0e} instead of {PAPER_PROXY['full_path']:.0e}"
+        lines.append(
+            f"  offline FLOPs: {flops['proxy_path']:.2e} instead of {flops['full_path']:.2e}, "
+            f"{flops['saved']:.1%} saved ({paper}, {PAPER_PROXY['saved']:.0%})"
+        )
+    return lines
+
+
+def _score_histogram(scores: NDArray[np.float64], normalize: str) -> dict[str, Any]:
     low, high = np.quantile(scores, [0.001, 0.999])
     counts, edges = np.histogram(np.clip(scores, low, high), bins=HISTOGRAM_BINS)
     return {
-        "normalize": "token",
+        "normalize": normalize,
         "edges": edges.tolist(),
         "counts": counts.tolist(),
         "quantiles": {str(q): float(np.quantile(scores, q)) for q in _QUANTILES},
@@ -234,8 +307,23 @@ def _kept(stages: Chain, instances: int) -> NDArray[np.bool_] | None:
     return None
 
 
-def _effects(pool: Packed, teacher: Scores, reference: Scores, kept: NDArray[np.bool_] | None) -> dict[str, Any]:
-    """Examples of the paper's three effects (section 2.2), from different sources where there are several."""
+def _effects(
+    instances: Packed,
+    rows: NDArray[np.int64],
+    teacher: Scores,
+    reference: Scores,
+    kept: NDArray[np.bool_] | None,
+) -> dict[str, Any]:
+    """Examples of the paper's three effects (section 2.2), from different sources where there are several.
+
+    Args:
+        instances: those that both models scored: the pool, or a sample of it.
+        rows: the row of the pool that each of them is.
+        teacher: scores of the instances.
+        reference: likewise.
+        kept: which of them were selected.
+
+    """
     score = differences(teacher, reference)
     if kept is None:
         kept = score > np.median(score)
@@ -246,7 +334,8 @@ def _effects(pool: Packed, teacher: Scores, reference: Scores, kept: NDArray[np.
     noisy = noisy[(score[noisy] < 0) & ~kept[noisy]]
 
     def examples(order: NDArray[np.int64]) -> list[dict[str, Any]]:
-        return [_example(pool, teacher, reference, int(row)) for row in _spread(order, teacher)]
+        found = [_example(instances, teacher, reference, int(row)) for row in _spread(order, teacher)]
+        return [{**example, "row": int(rows[example["row"]])} for example in found]
 
     notes = {}
     if not (nats[~kept] <= _EASY_NATS).any():

@@ -51,6 +51,7 @@ def render(findings: Mapping[str, Any]) -> str:
     }
     return environment.get_template("page.html").render(
         shown,
+        proxy=shown.get("proxy"),
         css=_markup((resources.files("miniplm") / "report" / "page.css").read_text(encoding="utf-8")),
         headline=headline(shown),
         compared={one["student"]: one for one in shown["comparisons"]},

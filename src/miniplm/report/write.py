@@ -14,7 +14,7 @@ from typing import Any
 from miniplm import artifact
 from miniplm.evaluation.evaluate import as_csv, open_evaluation
 from miniplm.pipeline.chain import Chain
-from miniplm.report.findings import gather
+from miniplm.report.findings import gather, proxy_lines
 from miniplm.scoring.drift import Drift
 from miniplm.scoring.drift import as_csv as drift_csv
 
@@ -58,7 +58,8 @@ def summary(stages: Chain) -> str:
     heading = f"{'student':<{width}}  {'trained on':<16} {'tokens':>12}  {'nats per token':>16}  {'bits per byte':>13}"
     lines = [f"{heading}  against control"]
     lines += [_line(s, gaps.get(s["name"]), findings["control"], width) for s in findings["students"]]
-    return "\n".join(["", *lines, "± is one standard error over held-out instances; one seed per student."])
+    note = "± is one standard error over held-out instances; one seed per student."
+    return "\n".join(["", *lines, note, *proxy_lines(findings)])
 
 
 def _line(student: Mapping[str, Any], gap: Mapping[str, Any] | None, control: str | None, width: int) -> str:

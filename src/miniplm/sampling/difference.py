@@ -39,6 +39,14 @@ class DifferenceSampling:
         scores = differences(teacher, reference, self.normalize)
         return top_share(scores, self.ratio, Pool.of(teacher), within_source=self.within == "source")
 
+    def select_predicted(self, predicted: Scores) -> Selection:
+        """As `select`, by the differences that a proxy predicts: `predicted.per("token")`, whatever it was trained on.
+
+        `normalize` is not read: the proxy was trained on the difference per token or per byte.
+        """
+        scores = predicted.per("token")
+        return top_share(scores, self.ratio, Pool.of(predicted), within_source=self.within == "source")
+
 
 def differences(teacher: Scores, reference: Scores, normalize: Normalize = "token") -> NDArray[np.float64]:
     """Log p(x) − log p_ref(x) of each instance in nats, `[N]`, per token, per byte, or of the sums.

@@ -59,10 +59,32 @@ def sampler_from(settings: SamplerSettings) -> Sampler:
     return made
 
 
-def identity(name: str, sampler: Sampler, inputs: Mapping[str, str]) -> Identity:
-    """What a selection is: the sampler, its settings, and the fingerprints of what it reads."""
+def needs_with_proxy(name: str, sampler: Sampler) -> frozenset[str]:
+    """What a sampler reads where a proxy predicts the difference: `pool`, or the predicted `difference`.
+
+    Raises:
+        RecipeError: it needs scores of the whole pool, and there are none.
+
+    """
+    if hasattr(sampler, "select_predicted"):
+        return frozenset({"difference"})
+    if sampler.needs <= {"pool"}:
+        return sampler.needs
+    raise RecipeError(
+        f"the sampler {name!r} cannot be used with a proxy.",
+        facts={
+            "it needs": f"the scores of the {' and the '.join(sorted(sampler.needs - {'pool'}))} on the whole pool",
+            "there are": "theirs on a share of the pool, and a predicted difference for all of it",
+        },
+        remedy="Leave `proxy` out, or give the sampler a method `select_predicted(difference) -> Selection`.",
+    )
+
+
+def identity(name: str, sampler: Sampler, inputs: Mapping[str, str], needs: frozenset[str] | None = None) -> Identity:
+    """What a selection is: the sampler, its settings, and the fingerprints of what it reads (None: its `needs`)."""
     settings = asdict(sampler) if is_dataclass(sampler) and not isinstance(sampler, type) else vars(sampler)
-    return Identity("selection", VERSION, {"sampler": name, **settings}, {k: inputs[k] for k in sorted(sampler.needs)})
+    read = {role: inputs[role] for role in sorted(sampler.needs if needs is None else needs)}
+    return Identity("selection", VERSION, {"sampler": name, **settings}, read)
 
 
 def _import(name: str) -> type[Any]:
