@@ -56,9 +56,11 @@ def blocked_attention(
     batch, heads, length, width = query.shape
     groups = heads // key.shape[1]
     scale = width**-0.5 if scaling is None else scaling
-    q = (query * scale).reshape(batch * heads, length, width)
-    k = key.repeat_interleave(groups, dim=1).reshape(batch * heads, length, width).transpose(1, 2)
-    v = value.repeat_interleave(groups, dim=1).reshape(batch * heads, length, value.shape[3])
+    q = torch.mul(query, scale, out=torch.empty(query.shape, dtype=query.dtype)).view(batch * heads, length, width)
+    if groups > 1:
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    k = key.reshape(batch * heads, length, width).transpose(1, 2)
+    v = value.reshape(batch * heads, length, value.shape[3])
     out = torch.empty(batch * heads, length, value.shape[3], dtype=query.dtype)
     later = torch.full((_BLOCK, _BLOCK), -torch.inf, dtype=query.dtype).triu(1)
     at_once = max(1, _SCORES // (_BLOCK * length))
