@@ -31,11 +31,12 @@ from numpy.typing import NDArray
 
 import miniplm
 from miniplm import artifact
+from miniplm.analysis.agreement import RATIOS, measures
 from miniplm.packing.sample import pool_rows
 from miniplm.sampling.base import keep_count, top_k
 from miniplm.sampling.difference import differences
 from miniplm.scoring.base import Scores
-from miniplm.scoring.proxy import HELD_OUT, RATIOS, measures
+from miniplm.scoring.proxy import HELD_OUT
 
 HERE = Path(__file__).parent
 DATA = HERE.parent.parent / "shared" / "data" / "minipile" / "train-0000*.jsonl.zst"

@@ -20,8 +20,9 @@ from scipy import stats
 import miniplm
 from conftest import write_jsonl
 from miniplm import artifact
+from miniplm.analysis import agreement
 from miniplm.errors import ArtifactMismatchError, MiniplmError, RecipeError, TokenizerError, TrainingError
-from miniplm.models.flops import forward_flops
+from miniplm.models.flops import forward_flops, model_flops
 from miniplm.models.load import load_model
 from miniplm.packing.sample import pool_rows
 from miniplm.pipeline.chain import Chain, chain
@@ -32,6 +33,7 @@ from miniplm.report.write import write_report
 from miniplm.sampling.base import keep_count, open_selection
 from miniplm.sampling.difference import differences
 from miniplm.scoring import proxy as proxies
+from miniplm.scoring import proxy_training as fitting
 from miniplm.scoring.base import Scores, open_scores
 
 T = 31
@@ -74,9 +76,9 @@ class Made:
             out=out, **{**SETTINGS, **settings},
         )  # fmt: skip
 
-    def data(self, **other: Any) -> proxies.ProxyData:
+    def data(self, **other: Any) -> fitting.ProxyData:
         given = GivenModel(model=str(self.model.path))
-        return dataclasses.replace(proxies.ProxyData(self.sample, self.teacher, self.reference, given), **other)
+        return dataclasses.replace(fitting.ProxyData(self.sample, self.teacher, self.reference, given), **other)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +113,7 @@ def test_a_planted_difference_is_learnt_and_a_shuffled_one_is_not(
     assert found["r2"] > 0.8
     data = made.data(teacher=shuffled(made.teacher))
     settings = ProxySettings(**SETTINGS)
-    none = proxies.train_proxy(data, settings, tmp_path / "none", proxies.identity(settings, "all", {"a": "b"}))
+    none = fitting.train_proxy(data, settings, tmp_path / "none", proxies.identity(settings, "all", {"a": "b"}))
     assert abs(none.figures["held_out"]["spearman"]) < 0.3
 
 
@@ -132,40 +134,40 @@ def test_the_figures_are_those_of_the_held_out_instances(made: Made, proxy: prox
     assert np.array_equal(rows["difference"], true)
     assert figures["held_out"]["pearson"] == pytest.approx(stats.pearsonr(true, rows["predicted"])[0])
     assert figures["held_out"]["spearman"] == pytest.approx(stats.spearmanr(true, rows["predicted"])[0])
-    for ratio in proxies.RATIOS:
+    for ratio in agreement.RATIOS:
         k = keep_count(ratio, len(true))
         best = [set(sorted(range(len(true)), key=lambda i, s=s: (-s[i], i))[:k]) for s in (true, rows["predicted"])]
         same = [(i in best[0]) == (i in best[1]) for i in range(len(true))]
         assert figures["held_out"]["agreement"][str(ratio)] == sum(same) / len(same)
 
 
-def test_ranks_of_equal_values_are_those_of_scipy() -> None:
+def test_a_constant_is_correlated_with_nothing() -> None:
     values = np.random.default_rng(0).integers(0, 9, 200).astype(float)
-    assert np.array_equal(proxies._ranks(values) + 1, stats.rankdata(values))
-    assert proxies.spearman(values, np.ones(200)) == 0.0
+    assert agreement.spearman(values, values**3) == pytest.approx(1)
+    assert agreement.spearman(values, np.ones(200)) == agreement.pearson(np.ones(200), values) == 0.0
 
 
 def test_held_out_and_validation_instances_are_in_no_training_batch(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, ...]] = []
-    forward = proxies._Regressor.forward
+    forward = proxies.Regressor.forward
 
     def spy(self: Any, input_ids: torch.Tensor, counted: torch.Tensor, target: torch.Tensor) -> Any:
         seen.extend(map(tuple, input_ids.tolist()))
         return forward(self, input_ids, counted, target)
 
     fitted: list[Any] = []
-    batches = proxies._Examples.batches
+    batches = fitting._Examples.batches
 
     def spy_on_batches(self: Any, rows: NDArray[np.int64], *how: Any) -> Any:
         fitted.append(rows)
         return batches(self, rows, *how)
 
-    monkeypatch.setattr(proxies._Regressor, "forward", spy)
-    monkeypatch.setattr(proxies._Examples, "batches", spy_on_batches)
+    monkeypatch.setattr(proxies.Regressor, "forward", spy)
+    monkeypatch.setattr(fitting._Examples, "batches", spy_on_batches)
     proxy = made.train(tmp_path / "proxy", seed=4)
-    division = proxies.divide(len(made.sample), ProxySettings(**SETTINGS, seed=4))
+    division = fitting.divide(len(made.sample), ProxySettings(**SETTINGS, seed=4))
     parts = (division.training, division.validation, division.held_out)
     assert sorted(np.concatenate(parts)) == list(range(len(made.sample)))
     ids = [tuple(row[:-1]) for row in made.sample.dataset["input_ids"]]
@@ -180,7 +182,7 @@ def test_held_out_and_validation_instances_are_in_no_training_batch(
 
 def test_every_epoch_sees_every_training_instance_once_in_its_own_order() -> None:
     rows = np.arange(10, 30)
-    order = list(proxies._order(rows, 60, seed=0))
+    order = list(fitting._order(rows, 60, seed=0))
     epochs = [order[n : n + 20] for n in (0, 20, 40)]
     assert all(sorted(epoch) == rows.tolist() for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 3
@@ -191,14 +193,14 @@ def test_ridge_is_the_best_penalty_by_generalised_cross_validation() -> None:
     x = draw.normal(size=(60, 8)) * 3 + 5
     y = x @ draw.normal(size=8) + 4 + draw.normal(size=60) * 5
     z = np.column_stack([np.ones(60), x, y])
-    weight, bias = proxies.ridge(z.T @ z)
+    weight, bias = fitting.ridge(z.T @ z)
     xc, yc = x - x.mean(axis=0), y - y.mean()
     best = (np.inf, np.zeros(8))
-    for penalty in proxies._PENALTIES * np.linalg.eigvalsh(xc.T @ xc)[-1]:
+    for penalty in fitting._PENALTIES * np.linalg.eigvalsh(xc.T @ xc)[-1]:
         hat = xc @ np.linalg.solve(xc.T @ xc + penalty * np.eye(8), xc.T)
         freedom = np.trace(hat) + 1
         error = np.sum((yc - hat @ yc) ** 2) / (1 - freedom / 60) ** 2
-        if freedom <= proxies._FREEDOM * 60 and error < best[0]:
+        if freedom <= fitting._FREEDOM * 60 and error < best[0]:
             best = error, np.linalg.solve(xc.T @ xc + penalty * np.eye(8), xc.T @ yc)
     assert weight == pytest.approx(best[1], rel=1e-6)
     assert bias == pytest.approx(y.mean() - x.mean(axis=0) @ best[1])
@@ -207,11 +209,11 @@ def test_ridge_is_the_best_penalty_by_generalised_cross_validation() -> None:
 def test_ridge_on_fewer_instances_than_states_and_on_none_that_vary() -> None:
     draw = np.random.default_rng(0)
     z = np.column_stack([np.ones(6), draw.normal(size=(6, 20)), draw.normal(size=6)])
-    weight, bias = proxies.ridge(z.T @ z)
+    weight, bias = fitting.ridge(z.T @ z)
     assert np.isfinite(weight).all()
     assert np.isfinite(bias)
     z[:, 1:-1] = 1.0
-    weight, bias = proxies.ridge(z.T @ z)
+    weight, bias = fitting.ridge(z.T @ z)
     assert weight == pytest.approx(np.zeros(20))
     assert bias == pytest.approx(z[:, -1].mean())
 
@@ -271,13 +273,13 @@ def test_the_costs_are_those_of_the_arithmetic(made: Made, proxy: proxies.Proxy)
 
 def test_a_models_operations_are_told_from_its_config(made: Made) -> None:
     given = GivenModel(model=str(made.model.path))
-    assert proxies.model_flops(given, T) == forward_flops(load_model(given), T)
+    assert model_flops(given, T) == forward_flops(load_model(given), T)
 
 
 def test_without_the_teacher_model_its_costs_are_not_told(made: Made, tmp_path: Path) -> None:
     settings = ProxySettings(**{**SETTINGS, "epochs": 0})
     what = proxies.identity(settings, "all", {})
-    flops = proxies.train_proxy(made.data(), settings, tmp_path / "proxy", what).figures["flops"]
+    flops = fitting.train_proxy(made.data(), settings, tmp_path / "proxy", what).figures["flops"]
     assert flops["full_path"] is flops["proxy_path"] is flops["saved"] is flops["teacher_on_sample"] is None
     assert flops["proxy_on_pool"] > 0
 
@@ -294,7 +296,7 @@ def test_killed_and_begun_again_it_ends_with_the_same_bytes(
         return dying
 
     with monkeypatch.context() as patch:
-        patch.setattr(proxies, moment, dies(getattr(proxies, moment)))
+        patch.setattr(fitting, moment, dies(getattr(fitting, moment)))
         with pytest.raises(KeyboardInterrupt):
             made.train(tmp_path / "elsewhere" / "proxy")
     assert (tmp_path / "elsewhere" / "proxy.partial").exists()

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
+
+from miniplm.models.load import hub_commit
+from miniplm.recipe import GivenModel, ScoredModel, ServerModel
 
 TRAINING_PASSES = 3
 
@@ -49,3 +53,16 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
         synchronize()
         best = min(best, time.perf_counter() - begun)
     return 2 * side**3 / best
+
+
+def model_flops(model: ScoredModel, sequence_length: int) -> float | None:
+    """Operations of a forward pass per predicted token, from the config alone; None for a model behind a server."""
+    if isinstance(model, ServerModel):
+        return None
+    given = model if isinstance(model, GivenModel) else GivenModel(model=model.vllm, revision=model.revision)
+    folder = Path(given.model).expanduser()
+    trusted = {"trust_remote_code": model.trust_remote_code}
+    revision = None if folder.is_dir() else hub_commit(given)
+    config = AutoConfig.from_pretrained(str(folder) if folder.is_dir() else given.model, revision=revision, **trusted)
+    with torch.device("meta"):
+        return forward_flops(AutoModelForCausalLM.from_config(config, **trusted), sequence_length)

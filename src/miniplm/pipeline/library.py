@@ -311,7 +311,9 @@ def train_proxy(
         RecipeError, ModelError, TokenizerError, TrainingError, ArtifactError, StorageError: see `miniplm.errors`.
 
     """
-    from miniplm.scoring import proxy as proxies  # imports torch
+    from miniplm.scoring.proxy import identity  # these import torch
+    from miniplm.scoring.proxy_training import ProxyData
+    from miniplm.scoring.proxy_training import train_proxy as train
 
     try:
         resolved = ProxySettings.model_validate(settings)
@@ -328,8 +330,8 @@ def train_proxy(
     whose_flops = None if teacher_model is None else _given(teacher_model)
     if whose_flops is not None:
         inputs["teacher_model"] = model_fingerprint(whose_flops)
-    data = proxies.ProxyData(sample, teacher, reference, given, whose_flops, counted)
-    return proxies.train_proxy(data, resolved, Path(out), proxies.identity(resolved, counted, inputs), compute)
+    data = ProxyData(sample, teacher, reference, given, whose_flops, counted)
+    return train(data, resolved, Path(out), identity(resolved, counted, inputs), compute)
 
 
 def select(

@@ -19,7 +19,8 @@ from miniplm.recipe import Compute, Counted, GivenModel, ProxySettings, ScoredMo
 from miniplm.sampling.base import Pool, Sampler, open_selection, save
 from miniplm.scoring.base import Scores, open_scores
 from miniplm.scoring.load import load_scorer
-from miniplm.scoring.proxy import Proxy, ProxyData, load_proxy, train_proxy
+from miniplm.scoring.proxy import Proxy, load_proxy
+from miniplm.scoring.proxy_training import ProxyData, train_proxy
 from miniplm.scoring.score import score
 from miniplm.training.trainer import Checkpoint, TrainingData, train
 

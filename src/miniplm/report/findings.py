@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from miniplm import artifact
+from miniplm.analysis.agreement import agreement
 from miniplm.evaluation.evaluate import Evaluation, open_evaluation
 from miniplm.evaluation.loss import ALL, compare
 from miniplm.packing.instances import Packed, open_packed
@@ -26,7 +27,7 @@ from miniplm.pipeline.chain import Chain, Stage
 from miniplm.sampling.base import open_selection
 from miniplm.sampling.difference import differences
 from miniplm.scoring.base import Scores, open_scores
-from miniplm.scoring.proxy import FIGURES, HELD_OUT, agreement
+from miniplm.scoring.proxy import FIGURES, HELD_OUT
 from miniplm.training.trainer import read_curve
 
 HISTOGRAM_BINS = 80

@@ -1,0 +1,1 @@
+"""Analysis: figures about scores, selections and what they cost, from numbers alone."""
