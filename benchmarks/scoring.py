@@ -12,7 +12,7 @@ in turn and again, on the same rows; its best time counts, because the machine i
     miniplm-16     the same with 16 rows at a time, for its memory
     ceiling        the model's operations, at the rate of a large matrix product measured in the same run
 
-Peak memory is the resident memory above what is resident when the model is loaded.
+Peak memory is the resident memory above what is resident when the model is loaded and a short row has been scored.
 """
 
 from __future__ import annotations
@@ -183,8 +183,8 @@ def miniplm(model: Any, vocabulary: int, budget: int | None = None) -> tuple[Any
 
     from miniplm.packing.instances import Instances
     from miniplm.scoring.huggingface import HuggingFaceScorer
+    from miniplm.scoring.instances import score_instances
     from miniplm.scoring.rows import RowRule
-    from miniplm.scoring.score import score_instances
 
     scorer = HuggingFaceScorer(model, compiled=True)
     budget = budget or scorer.token_budget
@@ -193,7 +193,7 @@ def miniplm(model: Any, vocabulary: int, budget: int | None = None) -> tuple[Any
     def run(rows: Any) -> Any:
         n, width = rows.shape
         instances = Instances(rows, np.full(n, width, np.int32), np.full(n, width, np.int32), ["s"] * n, [[]] * n)
-        return score_instances(instances, scorer, rule, budget)["logp"].to_numpy()
+        return score_instances(instances, scorer, rule, budget).table["logp"].to_numpy()
 
     return run, budget // T
 

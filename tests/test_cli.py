@@ -328,11 +328,11 @@ class Stop:
     ("stage", "folder", "target", "calls", "state"),
     [
         ("prepare", "corpus", "miniplm.packing.prepare._pack_remainders", 0, "begun {blocks} blocks"),
-        ("score/teacher", "scores/teacher", "miniplm.scoring.score._refuse_no_numbers", 2, "begun 2 of {pool} shards"),
+        ("score/teacher", "scores/teacher", "miniplm.scoring.score._refuse_unusable", 2, "begun 2 of {pool} shards"),
         (
             "evaluate/control",
             "evaluations/control",
-            "miniplm.scoring.score._refuse_no_numbers",
+            "miniplm.scoring.score._refuse_unusable",
             1,
             "begun 1 of {held_out} shards",
         ),

@@ -19,7 +19,7 @@ from miniplm.progress import printable
 
 if TYPE_CHECKING:
     from miniplm.pipeline.chain import Chain
-    from miniplm.recipe import Compute
+    from miniplm.recipe import Compute, ServerModel
 
 # Threads that wait for each other in sleep instead of in a loop: on two cores that other processes use too, training
 # is 5 to 9 times as fast (measured, NOTES.md). It has to be said before torch is imported.
@@ -47,6 +47,8 @@ DtypeOption = Annotated[str, typer.Option(help="Weights in float32, bfloat16 or 
 BatchOption = Annotated[
     int | None, typer.Option("--batch-tokens", help="Tokens per forward pass. [default: what suits the device]")
 ]
+DocumentsOption = Annotated[str, typer.Option(help="attend over the whole instance, or isolate each document")]
+ServerTokenizerOption = Annotated[str | None, typer.Option(help="The served model's tokenizer: Hub id or folder.")]
 EngineOption = Annotated[str, typer.Option(help="local, or ray: on all the machines of a Ray cluster.")]
 TokenizerOption = Annotated[
     str, typer.Option("--tokenizer", help="packed, or own: the text under the model's own tokenizer.")
@@ -178,13 +180,17 @@ def score(
     out: OutOption,
     dtype: DtypeOption = "bfloat16",
     counted: CountedOption = "all",
-    documents: Annotated[str, typer.Option(help="attend over the whole instance, or isolate each document")] = "attend",
+    documents: DocumentsOption = "attend",
     tokenizer: TokenizerOption = "packed",
     quantize: Annotated[str, typer.Option(help="none, int8 or fp8: the linear layers, by torchao")] = "none",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     server: Annotated[
         str | None, typer.Option(help="URL of an OpenAI-compatible server: http://localhost:8000/v1")
     ] = None,
+    server_tokenizer: Annotated[
+        str | None, typer.Option(help="The served model's tokenizer: Hub id or folder.")
+    ] = None,
+    send: Annotated[str, typer.Option(help="To a server: ids, or text where it takes none")] = "ids",
     vllm: Annotated[bool, typer.Option("--vllm", help="With vLLM's offline engine.")] = False,
     device: DeviceOption = "auto",
     batch: BatchOption = None,
@@ -197,12 +203,12 @@ def score(
     from miniplm.artifact import provenance
     from miniplm.packing.instances import open_packed
     from miniplm.pipeline.library import score as score_part
-    from miniplm.recipe import GivenModel, ScoredModel, ServerModel, VllmModel
+    from miniplm.recipe import GivenModel, ScoredModel, VllmModel
     from miniplm.scoring.base import throughput
 
     given: ScoredModel
     if server is not None:
-        given = ServerModel(server=server, model=model, revision=revision or "")
+        given = _server(server=server, model=model, revision=revision or "", tokenizer=server_tokenizer, send=send)
     elif vllm:
         given = VllmModel(vllm=model, revision=revision, trust_remote_code=trust_remote_code)
     else:
@@ -225,9 +231,16 @@ def drift(
     ratio: Annotated[float, typer.Option(help="Share of the sample to keep.")] = 0.5,
     normalize: Annotated[str, typer.Option(help="token, byte or sum")] = "token",
     dtype: DtypeOption = "bfloat16",
+    counted: CountedOption = "all",
+    documents: DocumentsOption = "attend",
+    tokenizer: TokenizerOption = "packed",
     quantize: Annotated[list[str] | None, typer.Option(help="Also the teacher in int8 or fp8.")] = None,
     server: Annotated[str | None, typer.Option(help="Also the teacher behind this URL.")] = None,
     server_model: Annotated[str | None, typer.Option(help="As the server calls it. [default: --teacher]")] = None,
+    server_tokenizer: Annotated[
+        str | None, typer.Option(help="The served model's tokenizer: Hub id or folder.")
+    ] = None,
+    send: Annotated[str, typer.Option(help="To a server: ids, or text where it takes none")] = "ids",
     vllm: Annotated[bool, typer.Option("--vllm", help="Also the teacher in vLLM.")] = False,
     device: DeviceOption = "auto",
     out: Annotated[Path | None, typer.Option(help="Folder for drift.json, drift.csv and drift.svg.")] = None,
@@ -235,20 +248,21 @@ def drift(
     """Score a sample in other ways (batches, dtypes, back ends) and show how far log p and the picks move."""
     from miniplm.packing.instances import open_packed
     from miniplm.pipeline.library import drift as measure
-    from miniplm.recipe import ServerModel, VllmModel
+    from miniplm.recipe import VllmModel
     from miniplm.report.write import write_drift
     from miniplm.scoring.drift import HEADER, Way
 
     also = [Way(how, settings={"quantize": how}) for how in quantize or ()]
     if server is not None:
-        also.append(Way("server", teacher=ServerModel(server=server, model=server_model or teacher)))
+        served = _server(server=server, model=server_model or teacher, tokenizer=server_tokenizer, send=send)
+        also.append(Way("server", teacher=served))
     if vllm:
         also.append(Way("vllm", teacher=VllmModel(vllm=teacher)))
     typer.echo(HEADER)
     compute = _compute(device=device)
     found = measure(
         open_packed(packed), teacher, reference, also=also, sample=sample, ratio=ratio, normalize=normalize,
-        dtype=dtype, compute=compute, say=typer.echo,
+        dtype=dtype, counted=counted, documents=documents, tokenizer=tokenizer, compute=compute, say=typer.echo,
     )  # fmt: skip
     if out is not None:
         typer.echo(write_drift(out, found))
@@ -329,15 +343,17 @@ def evaluate(
     out: OutOption,
     dtype: DtypeOption = "bfloat16",
     counted: CountedOption = "all",
+    tokenizer: TokenizerOption = "packed",
     device: DeviceOption = "auto",
     batch: BatchOption = None,
+    engine: EngineOption = "local",
 ) -> None:
     """Measure a model on held-out instances."""
     from miniplm.packing.instances import open_packed
     from miniplm.pipeline.library import evaluate as evaluate_model
 
-    how: Any = {"dtype": dtype, "counted": counted}
-    compute = _compute(device=device, score_tokens=batch)
+    how: Any = {"dtype": dtype, "counted": counted, "tokenizer": tokenizer}
+    compute = _compute(device=device, score_tokens=batch, engine=engine)
     typer.echo(evaluate_model(model, held_out=open_packed(held_out), out=out, compute=compute, **how))
 
 
@@ -380,6 +396,18 @@ def _chain(recipe: Path, out: Path | None, overrides: list[str] | None) -> Chain
     from miniplm.pipeline.chain import chain
 
     return chain(settings, out or Path("runs") / settings.name)
+
+
+def _server(**settings: Any) -> ServerModel:
+    from pydantic import ValidationError
+
+    from miniplm.recipe import ServerModel
+
+    try:
+        return ServerModel(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RecipeError(f"--{first['loc'][0]} cannot be used: {first['msg']}") from error
 
 
 def _compute(**settings: Any) -> Compute:

@@ -366,6 +366,8 @@ class Recipe(Settings):
                     "with score.tokenizer: own, a difference per token compares tokens of different tokenizers; "
                     "use `normalize: byte`",
                 )
+        if self.score.quantize != "none" and isinstance(self.teacher, ServerModel | VllmModel):
+            raise _At(("score", "quantize"), "the teacher is not run by transformers, so it cannot be quantised here")
         if self.evaluate.held_out and not self.prepare.split.held_out:
             raise _At(("prepare", "split"), "evaluate.held_out is on, but `held_out` leaves no documents")
         return self

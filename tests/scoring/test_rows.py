@@ -17,9 +17,9 @@ from miniplm.packing.instances import Instances, counted
 from miniplm.recipe import Compute, Counted, GivenModel, ScoreSettings
 from miniplm.recipe import Documents as DocumentsRule
 from miniplm.scoring.huggingface import load
+from miniplm.scoring.instances import score_instances
 from miniplm.scoring.journal import Journal
 from miniplm.scoring.rows import RowRule, batches
-from miniplm.scoring.score import score_instances
 
 SEPARATOR = 0
 VOCAB = 50
@@ -163,7 +163,7 @@ def test_isolated_documents_are_scored_as_each_alone(tmp_path: Path) -> None:
     )
     ids = np.random.default_rng(1).integers(1, VOCAB, (3, T + 1)).astype(np.uint16)
     ids[0, [5, 20]] = ids[1, [0, T]] = SEPARATOR
-    found = score_instances(instances(ids), scorer, rule("isolate"), 64)["logp"].to_numpy()
+    found = score_instances(instances(ids), scorer, rule("isolate"), 64).table["logp"].to_numpy()
     for number, row in enumerate(ids):
         expected, begin = 0.0, 0
         ends = [*np.flatnonzero(row == SEPARATOR).tolist(), T]
@@ -173,7 +173,7 @@ def test_isolated_documents_are_scored_as_each_alone(tmp_path: Path) -> None:
                 expected += float(scorer.score(alone, np.ones((1, end - begin), np.bool_))[0])
             begin = end
         np.testing.assert_allclose(found[number], expected, rtol=0, atol=1e-4)
-    attended = score_instances(instances(ids), scorer, rule("attend"), 64)["logp"].to_numpy()
+    attended = score_instances(instances(ids), scorer, rule("attend"), 64).table["logp"].to_numpy()
     assert abs(attended[0] - found[0]) > 1e-3
     np.testing.assert_allclose(attended[2], found[2], rtol=0, atol=1e-4)  # a single document
 
@@ -207,6 +207,6 @@ def test_what_is_in_the_journal_is_not_asked_again(tmp_path: Path) -> None:
     with path.open("ab") as file:
         file.write(b"[9, -1")  # the power went while this line was written
     with Journal(path) as journal:
-        found = score_instances(instances(ids), second, rule("attend"), 12, journal=journal)
+        found = score_instances(instances(ids), second, rule("attend"), 12, journal=journal).table
     assert sorted(first.asked + second.asked) == sorted(tuple(row.tolist()) for row in ids)
-    assert found.equals(score_instances(instances(ids), undisturbed, rule("attend"), 12))
+    assert found.equals(score_instances(instances(ids), undisturbed, rule("attend"), 12).table)

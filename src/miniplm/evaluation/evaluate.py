@@ -44,14 +44,17 @@ class Evaluation:
         return "\n".join(str(row) for row in self.rows)
 
 
-def identity(held_out: str, model: str, settings: ScoreSettings) -> Identity:
-    """What an evaluation is: `held_out` and `model` are fingerprints.
+def identity(held_out: str, model: str, settings: ScoreSettings, tokenizer: str = "") -> Identity:
+    """What an evaluation is: `held_out`, `model` and, with `tokenizer: own`, that of the model are fingerprints.
 
     Of the settings, dtype, tokenizer and what counts. A model is measured as it was trained: over whole instances, and
     not quantised.
     """
     recipe = settings.model_dump(mode="json", include={"dtype", "counted", "tokenizer"})
-    return Identity("evaluation", VERSION, recipe, {"packed": held_out, "model": model})
+    inputs = {"packed": held_out, "model": model}
+    if settings.tokenizer == "own" and tokenizer:
+        inputs["tokenizer"] = tokenizer
+    return Identity("evaluation", VERSION, recipe, inputs)
 
 
 def evaluate(

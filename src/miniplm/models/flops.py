@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,7 +45,9 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of a large matrix product here and now: the best of several, about 0.1 s in all."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
-    synchronize: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize: Callable[[], object] = (
+        partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    )
     best = float("inf")
     for _ in range(6):  # the first one warms up
         synchronize()

@@ -60,18 +60,27 @@ def check_head(model: PreTrainedModel) -> None:
     was_training = model.training
     model.eval()
     weight, bias = head_of(model)
-    found = _loud(nn.functional.linear(hidden_states(model, ids).to(weight.dtype), weight, bias)).float()
-    hook = model.get_output_embeddings().register_forward_hook(lambda head, given, logits: _loud(logits))
+    plain = nn.functional.linear(hidden_states(model, ids).to(weight.dtype), weight, bias)
+    found = _loud(plain).float()
+    head_gave: list[Tensor] = []
+
+    def make_loud(head: nn.Module, given: object, logits: Tensor) -> Tensor:
+        head_gave.append(logits)
+        return _loud(logits)
+
+    hook = model.get_output_embeddings().register_forward_hook(make_loud)
     try:
         expected = model(input_ids=ids, use_cache=False).logits.float()
     finally:
         hook.remove()
         model.train(was_training)
-    if (difference := (found - expected).abs().max()) > _HEAD_TOLERANCE * _LOUD:
+    # a scale between backbone and head shows before the logits are made loud, a cap after
+    in_front = (plain - head_gave[0]).abs().max() > _HEAD_TOLERANCE * plain.abs().max()
+    if (difference := (found - expected).abs().max()) > _HEAD_TOLERANCE * _LOUD or in_front:
         raise ModelError(
             f"{type(model).__name__} does more to its logits than a linear head.",
             facts={
-                "largest difference": f"{difference:.3g} nats",
+                "largest difference": "hidden states are scaled on the way" if in_front else f"{difference:.3g} nats",
                 "expected": "logits = hidden states x weight + bias",
             },
             remedy="Such models (soft-capped or scaled logits) cannot be used yet.",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -98,11 +99,15 @@ def quantize(model: PreTrainedModel, how: Literal["int8", "fp8"]) -> None:
         from torchao.quantization import (
             Float8DynamicActivationFloat8WeightConfig,
             Int8DynamicActivationInt8WeightConfig,
+            PerRow,
             quantize_,
         )
     except ModuleNotFoundError as error:
         raise MissingExtraError("quantize", "torchao") from error
-    kinds = {"int8": Int8DynamicActivationInt8WeightConfig, "fp8": Float8DynamicActivationFloat8WeightConfig}
+    kinds = {  # per row, so that what else is in a batch changes nothing
+        "int8": Int8DynamicActivationInt8WeightConfig,
+        "fp8": partial(Float8DynamicActivationFloat8WeightConfig, granularity=PerRow()),
+    }
     head = model.get_output_embeddings()
     try:
         quantize_(model, kinds[how](), filter_fn=lambda module, _: isinstance(module, nn.Linear) and module is not head)
@@ -117,14 +122,15 @@ def quantize(model: PreTrainedModel, how: Literal["int8", "fp8"]) -> None:
 def model_fingerprint(given: ScoredModel) -> str:
     """What a given model is, independent of where it lies, and of what it is run with.
 
-    A model behind a server is its name and revision: its weights are out of reach.
+    A model behind a server is its name and revision, and whether it is sent text (it may then put a token in front):
+    its weights are out of reach.
 
     Raises:
         ModelError: it cannot be found.
 
     """
     if isinstance(given, ServerModel):
-        return hashlib.sha256(json.dumps(["server", given.model, given.revision]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(["server", given.model, given.revision, given.send]).encode()).hexdigest()
     if isinstance(given, VllmModel):
         given = GivenModel(model=given.vllm, revision=given.revision, trust_remote_code=given.trust_remote_code)
     folder = Path(given.model).expanduser()
@@ -211,6 +217,23 @@ def own_tokenizer(given: GivenModel) -> Tokenizer | None:
         return tokenizers.load(given.model, hub_commit(given))
     except TokenizerError:  # no fast tokenizer beside the weights: there is nothing to compare
         return None
+
+
+def tokenizer_fingerprint(given: ScoredModel) -> str:
+    """What decides the ids that a model's own tokenizer gives a text; "" for a model of ours, whose fingerprint has it.
+
+    Raises:
+        TokenizerError: a server's tokenizer cannot be loaded.
+
+    """
+    if isinstance(given, ServerModel):
+        return "" if given.tokenizer is None else tokenizers.load(given.tokenizer).fingerprint
+    if isinstance(given, VllmModel):
+        given = GivenModel(model=given.vllm, revision=given.revision)
+    if (Path(given.model).expanduser() / MANIFEST).is_file():
+        return ""
+    own = own_tokenizer(given)
+    return "" if own is None else own.fingerprint
 
 
 def positions(config: Mapping[str, Any]) -> int | None:

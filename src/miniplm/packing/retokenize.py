@@ -35,6 +35,8 @@ class Retokenizer:
     def __init__(self, ours: Tokenizer, theirs: Tokenizer) -> None:
         self.spelling = ours.spelling
         self.separator = ours.separator
+        special = {i for i, token in ours.backend.get_added_tokens_decoder().items() if token.special}
+        self.unspeakable = np.array(sorted(special - {ours.separator}), np.int64)
         self.theirs = theirs.verbatim()
 
     def __call__(self, instances: Sequence[NDArray[Any]]) -> list[NDArray[np.uint32]]:
@@ -56,6 +58,11 @@ class Retokenizer:
     def _pieces(self, ids: NDArray[Any]) -> list[str | NDArray[np.uint32]]:
         """An instance as texts and, between them, ids that are known already: separators and stray bytes."""
         pieces: list[str | NDArray[np.uint32]] = []
+        if len(strange := np.intersect1d(ids, self.unspeakable)):
+            raise TokenizerError(
+                "an instance has a special token that is no separator: there is no text for it.",
+                facts={"id": int(strange[0])},
+            )
         ends = np.flatnonzero(ids == self.separator)
         for number, document in enumerate(np.split(ids, ends)):
             if number:

@@ -23,7 +23,7 @@ from miniplm.artifact import Identity
 from miniplm.corpus import builtin
 from miniplm.corpus.sources import Documents, open_documents
 from miniplm.evaluation import evaluate as evaluating
-from miniplm.models.load import model_fingerprint
+from miniplm.models.load import model_fingerprint, tokenizer_fingerprint
 from miniplm.packing import prepare as preparing
 from miniplm.packing import sample as sampling
 from miniplm.packing.instances import Packed, open_packed, packed_identity
@@ -128,7 +128,8 @@ def chain(recipe: Recipe, root: Path) -> Chain:
     models: dict[str, _Model] = {}
     for role, model in (("teacher", recipe.teacher), ("reference", recipe.reference)):
         if not isinstance(model, TrainSettings):
-            models[role] = _Model(model_fingerprint(model), model, ())
+            own = tokenizer_fingerprint(model) if rule.tokenizer == "own" else ""
+            models[role] = _Model(model_fingerprint(model), model, (), own)
             continue
         data, open_data = part(role)
         what = training.identity(model, rule.counted, {"data": data})
@@ -146,7 +147,7 @@ def chain(recipe: Recipe, root: Path) -> Chain:
     scores: dict[str, Stage] = {}
     for role, scored in models.items():
         how = rule if role == "teacher" else rule.model_copy(update={"quantize": "none"})
-        what = scoring.identity(scored_part, scored.fingerprint, how)
+        what = scoring.identity(scored_part, scored.fingerprint, how, scored.tokenizer)
         needs = (*after_scored, *scored.stage)
         make = partial(score_part, open_scored, scored.given, compute)
         scores[role] = stages.add(f"score/{role}", f"scores/{role}", what, needs, make)
@@ -177,7 +178,7 @@ def chain(recipe: Recipe, root: Path) -> Chain:
 
     if recipe.evaluate.held_out:
         for name, measured in models.items():
-            what = evaluating.identity(held_out, measured.fingerprint, rule)
+            what = evaluating.identity(held_out, measured.fingerprint, rule, measured.tokenizer)
             needs = ("prepare", *measured.stage)
             make = partial(evaluate_model, open_held_out, measured.given, compute)
             stages.add(f"evaluate/{name}", f"evaluations/{name}", what, needs, make)
@@ -191,6 +192,7 @@ class _Model:
     fingerprint: str
     given: ScoredModel
     stage: tuple[str, ...]
+    tokenizer: str = ""
 
     @classmethod
     def made_by(cls, stage: Stage) -> _Model:

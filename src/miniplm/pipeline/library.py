@@ -22,7 +22,7 @@ from miniplm.corpus.sources import open_documents
 from miniplm.errors import RecipeError, ScoreError
 from miniplm.evaluation import evaluate as evaluating
 from miniplm.evaluation.evaluate import Evaluation
-from miniplm.models.load import model_fingerprint
+from miniplm.models.load import model_fingerprint, tokenizer_fingerprint
 from miniplm.packing import prepare as preparing
 from miniplm.packing import sample as sampling
 from miniplm.packing.instances import Packed, open_packed
@@ -210,7 +210,7 @@ def score(
         dtype=dtype, counted=counted, documents=documents, tokenizer=tokenizer, quantize=quantize
     )
     fingerprint, make_scorer = _scorer(model, settings, compute)
-    what = scoring.identity(packed.fingerprint, fingerprint, settings)
+    what = scoring.identity(packed.fingerprint, fingerprint, settings, _own_tokenizer(model, settings))
     return scoring.score(packed, make_scorer, Path(out), what, compute, engine_of(compute))
 
 
@@ -224,6 +224,9 @@ def drift(
     ratio: float = 0.5,
     normalize: str = "token",
     dtype: str = "bfloat16",
+    counted: str = "all",
+    documents: str = "attend",
+    tokenizer: str = "packed",
     seed: int = 0,
     compute: Compute | None = None,
     say: Callable[[Drift], None] = lambda _: None,
@@ -239,6 +242,9 @@ def drift(
         ratio: share of the sample that Difference Sampling keeps.
         normalize: `token`, `byte` or `sum`.
         dtype: of the first way, with which the others are compared.
+        counted: which targets count, in all of them.
+        documents: as in `score`.
+        tokenizer: as in `score`; `own` needs `normalize="byte"`.
         seed: of the sample.
         compute: of the first way.
         say: is told of each way as it is done.
@@ -250,7 +256,7 @@ def drift(
     from miniplm.scoring.drift import drift as measure
     from miniplm.scoring.drift import usual_ways
 
-    settings = _score_settings(dtype=dtype)
+    settings = _score_settings(dtype=dtype, counted=counted, documents=documents, tokenizer=tokenizer)
     chosen = _choice(normalize)
     ways = [*usual_ways(packed.sequence_length, settings), *also]
     return measure(
@@ -396,7 +402,7 @@ def evaluate(
     compute = compute or Compute()
     settings = _score_settings(dtype=dtype, counted=counted, tokenizer=tokenizer)
     fingerprint, make_scorer = _scorer(model, settings, compute)
-    what = evaluating.identity(held_out.fingerprint, fingerprint, settings)
+    what = evaluating.identity(held_out.fingerprint, fingerprint, settings, _own_tokenizer(model, settings))
     return evaluating.evaluate(held_out, make_scorer, Path(out), what, compute, engine_of(compute))
 
 
@@ -409,6 +415,13 @@ def _score_settings(**settings: str) -> ScoreSettings:
 
 def _given(model: AnyGivenModel) -> ScoredModel:
     return model if isinstance(model, ScoredModel) else GivenModel(model=os.fspath(model))
+
+
+def _own_tokenizer(model: AnyModel, settings: ScoreSettings) -> str:
+    """The fingerprint of a model's own tokenizer, if it is to be used and is not part of the model's."""
+    if settings.tokenizer == "packed" or not isinstance(model, str | os.PathLike | ScoredModel):
+        return ""
+    return tokenizer_fingerprint(_given(model))
 
 
 def _choice(normalize: str) -> Normalize:
@@ -424,8 +437,14 @@ def _scorer(model: AnyModel, settings: ScoreSettings, compute: Compute) -> tuple
     if isinstance(model, (str, os.PathLike)):
         model = _given(model)
     if isinstance(model, GivenModel) and _is_proxy(folder := Path(model.model).expanduser()):
-        from miniplm.scoring.proxy import load_proxy
+        from miniplm.scoring.proxy import load_proxy, pool_settings
 
+        if settings != pool_settings(settings):
+            raise RecipeError(
+                "a proxy reads whole instances as they are packed.",
+                facts={"found": settings.model_dump(include={"documents", "tokenizer", "quantize"})},
+                remedy="Leave documents, tokenizer and quantize as they are by default.",
+            )
         return read_artifact(folder).fingerprint, partial(load_proxy, folder, settings.dtype, compute)
     if isinstance(model, ScoredModel):
         return model_fingerprint(model), partial(load_scorer, model, settings, compute)

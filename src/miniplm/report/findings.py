@@ -26,7 +26,7 @@ from miniplm.packing.sample import pool_rows
 from miniplm.pipeline.chain import Chain, Stage
 from miniplm.sampling.base import open_selection
 from miniplm.sampling.difference import differences
-from miniplm.scoring.base import Scores, open_scores
+from miniplm.scoring.base import Normalize, Scores, open_scores
 from miniplm.scoring.proxy import FIGURES, HELD_OUT
 from miniplm.training.trainer import read_curve
 
@@ -60,10 +60,11 @@ def gather(stages: Chain) -> dict[str, Any]:
     control = _control(stages)
     students = [_student(stages, name, evaluations.get(name)) for name in recipe.students]
     scores = {name: open_scores(stage.path) for name, stage in stages.within("score")}
+    unit: Normalize = "token" if scores["teacher"].tokenizer == scores["reference"].tokenizer else "byte"
     proxy = _proxy(stages)
     if proxy is None:
-        instances, rows, normalize = corpus.pool, np.arange(len(corpus.pool)), "token"
-        difference = differences(scores["teacher"], scores["reference"])
+        instances, rows, normalize = corpus.pool, np.arange(len(corpus.pool)), unit
+        difference = differences(scores["teacher"], scores["reference"], unit)
     else:  # teacher and reference have seen a sample of the pool only
         instances, normalize = open_packed(stages["proxy/sample"].path), proxy["normalize"]
         rows, difference = pool_rows(instances), scores["difference"].per("token")
@@ -82,7 +83,7 @@ def gather(stages: Chain) -> dict[str, Any]:
         "proxy": proxy,
         "selections": [_selection(stages, name, stage) for name, stage in stages.within("select")],
         "effects": _effects(
-            instances, rows, scores["teacher"], scores["reference"], None if kept is None else kept[rows]
+            instances, rows, scores["teacher"], scores["reference"], unit, None if kept is None else kept[rows]
         ),
         "corpus": dict(corpus.manifest.counts),
         "stages": [_stage(stage, stages) for stage in stages.values()],
@@ -313,6 +314,7 @@ def _effects(
     rows: NDArray[np.int64],
     teacher: Scores,
     reference: Scores,
+    unit: Normalize,
     kept: NDArray[np.bool_] | None,
 ) -> dict[str, Any]:
     """Examples of the paper's three effects (section 2.2), from different sources where there are several.
@@ -322,10 +324,11 @@ def _effects(
         rows: the row of the pool that each of them is.
         teacher: scores of the instances.
         reference: likewise.
+        unit: what log p is given per: bytes where the two have different tokenizers.
         kept: which of them were selected.
 
     """
-    score = differences(teacher, reference)
+    score = differences(teacher, reference, unit)
     if kept is None:
         kept = score > np.median(score)
     nats = -reference.per("token")
@@ -335,7 +338,7 @@ def _effects(
     noisy = noisy[(score[noisy] < 0) & ~kept[noisy]]
 
     def examples(order: NDArray[np.int64]) -> list[dict[str, Any]]:
-        found = [_example(instances, teacher, reference, int(row)) for row in _spread(order, teacher)]
+        found = [_example(instances, teacher, reference, unit, int(row)) for row in _spread(order, teacher)]
         return [{**example, "row": int(rows[example["row"]])} for example in found]
 
     notes = {}
@@ -347,6 +350,7 @@ def _effects(
     if not len(noisy):
         notes["noisy_dropped"] = "No instance that was dropped scored below 0."
     return {
+        "unit": unit,
         "easy_dropped": examples(easy[~kept[easy] & (score[easy] >= 0)]),
         "hard_kept": examples(hard[kept[hard]]),
         "noisy_dropped": examples(noisy),
@@ -365,8 +369,8 @@ def _spread(order: NDArray[np.int64], scores: Scores) -> list[int]:
     return (first + [int(row) for row in order[:EXAMPLES] if int(row) not in first])[:EXAMPLES]
 
 
-def _example(pool: Packed, teacher: Scores, reference: Scores, row: int) -> dict[str, Any]:
-    t, r = float(-teacher.per("token")[row]), float(-reference.per("token")[row])
+def _example(pool: Packed, teacher: Scores, reference: Scores, unit: Normalize, row: int) -> dict[str, Any]:
+    t, r = float(-teacher.per(unit)[row]), float(-reference.per(unit)[row])
     text = pool.text(row)
     return {
         "row": row,

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from miniplm import artifact
-from miniplm.errors import ArtifactDamagedError, ScoreError
+from miniplm.errors import ArtifactDamagedError, ArtifactMismatchError, ScoreError
 
 Normalize = Literal["token", "sum", "byte"]
 
@@ -37,6 +37,7 @@ class Scorer(Protocol):
         submit          `(tokens, counted) -> Pending`: as `score`, without waiting for the answer, and
         in_flight       how many answers may be waited for at a time
         token_budget    tokens that it takes at a time, padding included, unless `compute` says how many
+        expect          `(tokenizer) -> None`: told of the instances' tokenizer, if it has none of its own
         most_rows       the rows that it takes at a time
         costly          True if answers are worth a journal on the disk
 
@@ -47,7 +48,7 @@ class Scorer(Protocol):
 
 
 class Pending(Protocol):
-    """An answer that is on its way; a `concurrent.futures.Future` is one."""
+    """An answer that is on its way. One with `done() -> bool` is taken as soon as it is there, out of turn."""
 
     def result(self) -> NDArray[np.float64]:
         """Wait for it: log p, `[B]`, as `Scorer.score` gives it."""
@@ -120,7 +121,12 @@ def open_scores(path: Path | str, kind: str = "scores") -> Scores:
 
     """
     manifest = artifact.read(path, kind=kind)
-    tokenizer = manifest.counts["tokenizer"]
+    if (tokenizer := manifest.counts.get("tokenizer")) is None:
+        raise ArtifactMismatchError(
+            f"{path} was made by an earlier version.",
+            facts={"found": f"version {manifest.identity.version}", "expected": "scores that name their tokenizer"},
+            remedy="Score again.",
+        )
     return read_parts(Path(path), manifest.identity.inputs["packed"], tokenizer, manifest.fingerprint)
 
 

@@ -94,7 +94,8 @@ def read_prompt_logprobs(
         raise _wrong_count(ids, len(entries))
     if isinstance(theirs, list) and theirs[begin:] != ids:
         raise _other_tokens(ids, theirs[begin:])
-    values = []
+    values: list[object] = []
+    said: list[object] = []
     for place, token in enumerate(ids[1:], start=1):
         entry = entries[begin + place]
         found = entry.get(str(token)) if isinstance(entry, dict) else None
@@ -102,6 +103,9 @@ def read_prompt_logprobs(
             there = ", ".join(entry) if isinstance(entry, dict) else entry
             raise unusable(_WHOSE, ids, f"at token {place} it tells of another token", found=there, expected=token)
         values.append(found.get("logprob"))
+        said.append(found.get("decoded_token"))
+    if spelling is not None and (other := spelling.foreign(said, ids[1:])) is not None:
+        raise unusable(_WHOSE, ids, "the model has another vocabulary", found=other[0], expected=other[1])
     return checked(values, ids, _WHOSE)
 
 
@@ -270,6 +274,18 @@ class Spelling:
             if not is_part and string not in spellings and string != f"token_id:{token}":
                 return place, string
         return None
+
+    def foreign(self, said: Sequence[object], ids: Sequence[int]) -> tuple[str, str] | None:
+        """What was said and what was expected, if most tokens are spelt otherwise; servers differ on single ones."""
+        others = []
+        compared = 0
+        for string, token in zip(said, ids, strict=True):
+            spellings, is_part = self._spellings(token)
+            if isinstance(string, str) and string and not is_part and "\ufffd" not in string:
+                compared += 1
+                if not {string, string.strip()} & {*spellings, *(spelt.strip() for spelt in spellings)}:
+                    others.append((printable(repr(string), 40), printable(repr(self.of(token)), 40)))
+        return others[0] if len(others) > compared / 2 else None
 
     def count(self, ids: list[int]) -> None:
         """Count the tokens of a row that no string can tell."""

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from miniplm.errors import ScoreError
+from miniplm.errors import RecipeError, ScoreError
 from miniplm.packing.instances import Instances, Packed
 from miniplm.recipe import Compute, ScoredModel, ScoreSettings
 from miniplm.sampling.base import keep_count, top_k
 from miniplm.scoring.base import Normalize, Scorer
+from miniplm.scoring.instances import row_rule, score_instances
 from miniplm.scoring.load import load_scorer
-from miniplm.scoring.score import row_rule, score_instances
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,16 @@ def drift(
         say: is told of each way as it is done.
 
     Raises:
+        RecipeError: per token, of two tokenizers.
         ModelError, TokenizerError, ScoreError: as scoring does.
 
     """
     if not ways:
         raise ScoreError("there is no way to score in.")
+    if settings.tokenizer == "own" and normalize == "token":
+        raise RecipeError(
+            "a difference per token between two tokenizers means nothing.", remedy="Compare per byte: normalize byte."
+        )
     instances = _sampled(packed, sample, seed)
     compute = compute or Compute()
     first: tuple[NDArray[np.float64], set[int]] | None = None
@@ -184,7 +189,7 @@ def _per(
     """Log p of each instance, normalised: `[N]`."""
     rule, _ = row_rule(packed, scorer, settings)
     budget = compute.score_tokens or int(getattr(scorer, "token_budget", packed.sequence_length))
-    table = score_instances(instances, scorer, rule, budget)
+    table = score_instances(instances, scorer, rule, budget).table
     logp = table["logp"].to_numpy()
     counted = {"token": "n_tokens", "byte": "n_bytes"}.get(normalize)
     found: NDArray[np.float64] = logp if counted is None else logp / table[counted].to_numpy()

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from miniplm.errors import ModelError
 from miniplm.models.attention import use_blocked_attention
 from miniplm.models.flops import forward_flops, matmul_rate
 from miniplm.models.head import check_head, compiled_logsumexp, head_of, hidden_states, token_logp
@@ -39,6 +40,7 @@ class HuggingFaceScorer:
         name: what provenance calls it.
         compiled: use `torch.compile`: for the backbone on CUDA, for the head's log-sum-exp on CPU, where compiling the
             backbone gains nothing (NOTES.md).
+        quantized: whether its linear layers multiply in fewer bits than its head.
 
     """
 
@@ -50,6 +52,7 @@ class HuggingFaceScorer:
         tokenizer: Tokenizer | None = None,
         name: str = "a model in memory",
         compiled: bool = False,
+        quantized: bool = False,
     ) -> None:
         check_head(model)
         use_blocked_attention(model)
@@ -58,7 +61,8 @@ class HuggingFaceScorer:
         self.name = name
         self.token_budget = _TOKEN_BUDGET.get(model.device.type, 16_384)
         self.weight, self.bias = head_of(model)
-        self.ceiling: Callable[[], float] = cache(lambda: matmul_rate(model.device, self.weight.dtype))
+        if not quantized:  # there is no rate to compare a mixture of types with
+            self.ceiling: Callable[[], float] = cache(lambda: matmul_rate(model.device, self.weight.dtype))
         self.logsumexp = compiled_logsumexp() if compiled and model.device.type == "cpu" else None
         if compiled and model.device.type == "cuda":
             model.base_model.compile()
@@ -99,7 +103,7 @@ class _OnDevice:
         self.event = torch.cuda.Event() if summed.is_cuda else None  # type: ignore[no-untyped-call]
         self.summed = summed.to("cpu", non_blocking=True)
         if self.event is not None:
-            self.event.record()
+            self.event.record(torch.cuda.current_stream(summed.device))
 
     def result(self) -> NDArray[np.float64]:
         """Wait for this answer, not for those queued after it."""
@@ -111,11 +115,17 @@ class _OnDevice:
 def load(given: GivenModel, settings: ScoreSettings, compute: Compute) -> HuggingFaceScorer:
     """Load a model and make a scorer of it. Raises ModelError if it cannot be loaded or used."""
     device = choose_device(compute.device)
+    if device.type not in {"cpu", "cuda"}:
+        raise ModelError(
+            f"scoring does not run on {device.type}: it needs float64 sums.", remedy="Use `device: cpu` or `cuda`."
+        )
     model = load_model(given, settings.dtype, str(device))
     if settings.quantize != "none":
         quantize(model, settings.quantize)
     compiled = _pays(model) if compute.compile == "auto" else compute.compile
-    return HuggingFaceScorer(model, own_tokenizer(given), name_of(given), compiled)
+    return HuggingFaceScorer(
+        model, own_tokenizer(given), name_of(given), compiled, quantized=settings.quantize != "none"
+    )
 
 
 def _pays(model: PreTrainedModel) -> bool:

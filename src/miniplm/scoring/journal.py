@@ -1,12 +1,14 @@
 """A journal: the log-probabilities of a shard that is not finished yet, row by row.
 
-For scorers whose answers cost money. What has been answered is on the disk before the next is asked for; begun again,
-scoring asks for the rest. A half-written last line is forgotten. The journal goes when its shard is committed.
+For scorers whose answers cost money. Answers are written as they come, and outlive the process (a power cut may take
+the last ones); begun again, scoring asks for the rest. A half-written last line is forgotten. The journal goes when its
+shard is committed.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,7 +26,7 @@ class Journal:
         if path.exists():
             whole = path.read_bytes()
             whole = whole[: whole.rfind(b"\n") + 1]
-            path.write_bytes(whole)
+            os.truncate(path, len(whole))
             self.known = dict(json.loads(line) for line in whole.splitlines())
         self._file = path.open("ab")
 

@@ -47,6 +47,12 @@ class RefusedError(ModelError):
     def __init__(self, status: int, summary: str, facts: Mapping[str, object], remedy: str) -> None:
         super().__init__(summary, facts=facts, remedy=remedy)
         self.status = status
+        self._made_of = (status, summary, facts, remedy)
+
+    def __reduce__(
+        self,
+    ) -> tuple[type[RefusedError], tuple[int, str, Mapping[str, object], str]]:  # workers send it back
+        return RefusedError, self._made_of
 
 
 class Line:

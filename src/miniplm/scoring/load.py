@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from miniplm.errors import RecipeError
 from miniplm.recipe import Compute, GivenModel, ScoredModel, ScoreSettings, ServerModel
 from miniplm.scoring.base import Scorer
 
@@ -11,6 +12,7 @@ def load_scorer(model: ScoredModel, settings: ScoreSettings, compute: Compute) -
 
     Raises:
         ModelError: it cannot be loaded, reached or used.
+        RecipeError: the settings are not for such a model.
 
     """
     if isinstance(model, GivenModel):
@@ -18,6 +20,11 @@ def load_scorer(model: ScoredModel, settings: ScoreSettings, compute: Compute) -
 
         return load(model, settings, compute)
     if isinstance(model, ServerModel):
+        if settings.quantize != "none":
+            raise RecipeError(
+                "a server runs its model as it is: `quantize` cannot be asked of it.",
+                remedy="Leave `quantize` out, or give the served model another `revision`.",
+            )
         from miniplm.scoring.server import connect
 
         return connect(model, compute)

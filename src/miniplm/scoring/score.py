@@ -7,10 +7,8 @@ and the bytes are the same. While a batch is computed, the next are prepared and
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,31 +17,30 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from miniplm import artifact
 from miniplm.artifact import Identity, Workspace
 from miniplm.engine.base import Advance, Engine
 from miniplm.engine.local import LocalEngine
-from miniplm.errors import MiniplmError, ScoreError, TokenizerError
-from miniplm.models.load import check_length, check_vocabulary, positions
+from miniplm.errors import ScoreError
 from miniplm.packing.instances import Instances, Packed, read_shard
-from miniplm.packing.retokenize import Retokenizer
-from miniplm.packing.tokenizer import Tokenizer
 from miniplm.progress import progress
 from miniplm.recipe import Compute, ScoreSettings
 from miniplm.scoring.base import Scorer, Scores, open_scores
+from miniplm.scoring.instances import Scored, row_rule, score_instances
 from miniplm.scoring.journal import Journal
-from miniplm.scoring.rows import Batch, Row, RowRule, batches
 
 VERSION = 2
 
 ScorerFactory = Callable[[], Scorer]
 
 
-def identity(packed: str, model: str, settings: ScoreSettings) -> Identity:
-    """What scores are: `packed` and `model` are fingerprints."""
-    return Identity("scores", VERSION, settings.model_dump(mode="json"), {"packed": packed, "model": model})
+def identity(packed: str, model: str, settings: ScoreSettings, tokenizer: str = "") -> Identity:
+    """What scores are: `packed`, `model` and, with `tokenizer: own`, that of the model are fingerprints."""
+    inputs = {"packed": packed, "model": model}
+    if settings.tokenizer == "own" and tokenizer:
+        inputs["tokenizer"] = tokenizer
+    return Identity("scores", VERSION, settings.model_dump(mode="json"), inputs)
 
 
 def score(
@@ -95,7 +92,7 @@ def score_shards(
     first_rows = np.concatenate([[0], np.cumsum(rows)])
     tasks = [_Task(n, shard, int(first_rows[n])) for n, shard in enumerate(shards)]
     done = [task for task in tasks if work.has(_name(task.number))]
-    waiting = [task for task in tasks if task not in done]
+    waiting = [task for task in tasks if not work.has(_name(task.number))]
     for task in done:
         work.remove(_journal(task.number))  # killed between the commit of a shard and the end of its journal
     begun = time.monotonic()
@@ -154,7 +151,6 @@ class _Worker:
     ) -> None:
         self.work = Workspace(folder)
         self.advance = advance
-        self.sequence_length = packed.sequence_length
         self.scorer = make_scorer()
         self.token_budget = compute.score_tokens or int(getattr(self.scorer, "token_budget", _TOKEN_BUDGET))
         self.rule, self.tokenizer = row_rule(packed, self.scorer, settings)
@@ -165,117 +161,43 @@ class _Worker:
         instances = read_shard(task.shard)
         if getattr(self.scorer, "costly", False):
             with Journal(self.work.path / _journal(task.number)) as journal:
-                table = score_instances(
-                    instances, self.scorer, self.rule, self.token_budget, self.advance, journal, task.first_row
-                )
+                scored = self._score(instances, task, journal)
         else:
-            table = score_instances(
-                instances, self.scorer, self.rule, self.token_budget, self.advance, first_row=task.first_row
-            )
-        _refuse_no_numbers(table, task)
+            scored = self._score(instances, task, None)
+        table = scored.table
+        _refuse_unusable(table, task)
         rows = pa.array(np.arange(task.first_row, task.first_row + len(table), dtype=np.int64))
         table = table.add_column(0, "instance", rows).replace_schema_metadata({_TOKENIZER: self.tokenizer})
         with self.work.part(_name(task.number)) as path:
             pq.write_table(table, path, compression="zstd")
         self.work.remove(_journal(task.number))
-        return self._finished(int(np.sum(table["n_tokens"].to_numpy(), dtype=np.int64)), time.monotonic() - begun)
+        return self._finished(scored, time.monotonic() - begun)
 
-    def _finished(self, tokens: int, seconds: float) -> _Finished:
+    def _score(self, instances: Instances, task: _Task, journal: Journal | None) -> Scored:
+        return score_instances(
+            instances, self.scorer, self.rule, self.token_budget, self.advance, journal, task.first_row
+        )
+
+    def _finished(self, scored: Scored, seconds: float) -> _Finished:
         scorer = self.scorer
-        flops = scorer.flops_per_token(self.sequence_length) * tokens if hasattr(scorer, "flops_per_token") else None
+        tokens = int(np.sum(scored.table["n_tokens"].to_numpy(), dtype=np.int64))
+        flops = None
+        if hasattr(scorer, "flops_per_token"):
+            flops = sum(rows * length * scorer.flops_per_token(length) for length, rows in scored.lengths.items())
         ceiling = scorer.ceiling() if hasattr(scorer, "ceiling") else None
         return _Finished(
             tokens, seconds, flops, ceiling, str(getattr(scorer, "name", type(scorer).__name__)), self.token_budget
         )
 
 
-def score_instances(
-    instances: Instances,
-    scorer: Scorer,
-    rule: RowRule,
-    token_budget: int,
-    advance: Advance = lambda _: None,
-    journal: Journal | None = None,
-    first_row: int = 0,
-) -> pa.Table:
-    """Score instances in memory: `logp`, `n_tokens`, `n_bytes`, `source`.
-
-    Args:
-        instances: N of them.
-        scorer: the model.
-        rule: how they become rows.
-        token_budget: tokens per batch, padding included.
-        advance: told of counted tokens.
-        journal: rows that are known already, and where new ones are kept.
-        first_row: what messages call the first instance.
-
-    """
-    rows, n_tokens, n_bytes = rule.rows(instances)
-    found = np.zeros(len(rows), np.float64)
-    if journal is not None and journal.known:
-        known = np.fromiter(journal.known, np.int64)
-        found[known] = np.fromiter(journal.known.values(), np.float64)
-        advance(sum(int(rows[number].counted.sum()) for number in known))
-        waiting = np.setdiff1d(np.arange(len(rows)), known)
-    else:
-        waiting = np.arange(len(rows))
-    for batch, logp in _scored(scorer, [rows[number] for number in waiting], rule, token_budget, first_row):
-        if np.shape(logp) != batch.rows.shape:
-            raise ScoreError(
-                "the scorer did not give one number for each instance.",
-                facts={"found": f"shape {np.shape(logp)}", "expected": f"shape {batch.rows.shape}"},
-            )
-        found[waiting[batch.rows]] = logp
-        if journal is not None:
-            journal.write(waiting[batch.rows], logp)
-        advance(int(batch.counted.sum()))
-    return pa.table(
-        {
-            "logp": np.bincount([row.instance for row in rows], weights=found, minlength=len(instances)),
-            "n_tokens": n_tokens,
-            "n_bytes": n_bytes,
-            "source": pa.array(instances.source).dictionary_encode(),
-        }
-    )
-
-
-def _scored(
-    scorer: Scorer, rows: list[Row], rule: RowRule, token_budget: int, first_row: int
-) -> Iterator[tuple[Batch, NDArray[np.float64]]]:
-    """Batches with their scores, in order; later ones are prepared and handed over while earlier ones are computed.
-
-    After an error, what is on its way is waited for and given before the error is raised: it may have cost money.
-    """
-    if not rows:
-        return
-    submit = getattr(scorer, "submit", None)
-    in_flight = 0 if submit is None else scorer.in_flight  # type: ignore[attr-defined]  # belongs to `submit`
-    waiting: deque[tuple[Batch, Callable[[], NDArray[np.float64]]]] = deque()
-
-    def first() -> tuple[Batch, NDArray[np.float64]]:
-        batch, answer = waiting.popleft()
-        try:
-            return batch, answer()
-        except ScoreError as error:
-            names = sorted({first_row + rows[row].instance for row in batch.rows.tolist()})
-            raise ScoreError(f"instance {', '.join(f'{name:,}' for name in names)}: {error}") from error
-
-    try:
-        for batch in batches(rows, token_budget, rule.separator, getattr(scorer, "most_rows", None)):
-            computed = partial(scorer.score, batch.tokens, batch.counted)
-            waiting.append((batch, computed if submit is None else submit(batch.tokens, batch.counted).result))
-            while len(waiting) > in_flight:
-                yield first()
-        while waiting:
-            yield first()
-    except MiniplmError:
-        while waiting:
-            with contextlib.suppress(MiniplmError):
-                yield first()
-        raise
-
-
-def _refuse_no_numbers(table: pa.Table, task: _Task) -> None:
+def _refuse_unusable(table: pa.Table, task: _Task) -> None:
+    empty = np.flatnonzero(table["n_tokens"].to_numpy() == 0)
+    if len(empty):
+        raise ScoreError(
+            f"instance {task.first_row + empty[0]:,} has no token that counts.",
+            facts={"in": task.shard.name},
+            remedy="It is all separators, or one token of the model's own: use `counted: all`, `tokenizer: packed`.",
+        )
     bad = np.flatnonzero(~np.isfinite(table["logp"].to_numpy()))
     if len(bad):
         raise ScoreError(
@@ -283,42 +205,6 @@ def _refuse_no_numbers(table: pa.Table, task: _Task) -> None:
             facts={"log p": table["logp"][int(bad[0])].as_py(), "in": task.shard.name},
             remedy="Score in float32 or bfloat16; float16 overflows on models trained in bfloat16.",
         )
-
-
-def row_rule(packed: Packed, scorer: Scorer, settings: ScoreSettings) -> tuple[RowRule, str]:
-    """How instances become this model's rows, and the fingerprint of the tokenizer whose ids those are.
-
-    Raises:
-        ModelError, TokenizerError: the model cannot have meant these token ids.
-
-    """
-    ours = packed.tokenizer
-    theirs: Tokenizer | None = getattr(scorer, "tokenizer", None)
-    config = getattr(scorer, "config", {})
-    differing = None if theirs is None else ours.differing_token(theirs)
-    if settings.tokenizer == "own" and theirs is None:
-        raise TokenizerError(
-            "the model's own tokenizer is not known, and `tokenizer: own` needs it.",
-            remedy="It must lie beside the weights as tokenizer.json; for a server, name it: `tokenizer: ...`.",
-        )
-    if theirs is not None and settings.tokenizer == "own" and differing is not None:
-        separator, sizes, longest = theirs.separator, theirs.token_bytes, positions(config)
-        rule = RowRule(separator, sizes, settings.counted, settings.documents, Retokenizer(ours, theirs), longest)
-        return rule, theirs.fingerprint
-    if theirs is not None and differing is not None:
-        raise TokenizerError(
-            "the model was trained with another tokenizer than the instances were packed with.",
-            facts={
-                "instances": f"{len(ours.vocabulary):,} tokens, {differing!r} is {ours.vocabulary[differing]}",
-                "model": f"{len(theirs.vocabulary):,} tokens, {differing!r} is {theirs.vocabulary.get(differing)}",
-            },
-            remedy="Prepare the corpus with the model's tokenizer, or have the text scored under the model's own: "
-            "`tokenizer: own` (and compare per byte).",
-        )
-    if (size := getattr(scorer, "vocab_size", None)) is not None:
-        check_vocabulary(packed.vocab_size, size, "the model")
-    check_length(config, packed.sequence_length)
-    return RowRule(packed.separator, ours.token_bytes, settings.counted, settings.documents), ours.fingerprint
 
 
 def _provenance(finished: list[_Finished], seconds: float, settings: ScoreSettings, compute: Compute) -> dict[str, Any]:
@@ -331,7 +217,7 @@ def _provenance(finished: list[_Finished], seconds: float, settings: ScoreSettin
         "engine": compute.engine,
     }
     operations = [(s.flops, s.seconds, s.ceiling) for s in finished if s.flops is not None and s.ceiling is not None]
-    if operations:
+    if operations and settings.quantize == "none":
         flops = sum(flops for flops, _, _ in operations)
         possible = sum(seconds * ceiling for _, seconds, ceiling in operations)
         found |= {

@@ -78,6 +78,11 @@ class ServerScorer:
         """See the attributes of the class."""
         return 0 if self._spelling is None else self._spelling.unreadable
 
+    def expect(self, tokenizer: Tokenizer) -> None:
+        """Compare what comes back with this tokenizer's spelling; the model's own was not named."""
+        if self._spelling is None:
+            self._spelling = completions.Spelling(tokenizer)
+
     def score(self, tokens: NDArray[Any], counted: NDArray[np.bool_]) -> NDArray[np.float64]:
         """See `Scorer.score`."""
         return self.submit(tokens, counted).result()
@@ -155,6 +160,10 @@ class _Answers:
 
     def __init__(self, rows: list[Future[float]]) -> None:
         self._rows = rows
+
+    def done(self) -> bool:
+        """Whether all of them are there."""
+        return all(row.done() for row in self._rows)
 
     def result(self) -> NDArray[np.float64]:
         """Wait for all of them: `[B]`, nats."""
