@@ -1,6 +1,6 @@
 """How well a proxy's selection agrees with that of the scores it predicts, and what it saves (paper, appendix E).
 
-    python benchmarks/proxy.py                          # about 13 minutes on two cores
+    python benchmarks/proxy.py                          # about 10 minutes on two cores
     python benchmarks/proxy.py --data "my/*.jsonl" --source domain --teacher-tokens 10e6
 
 A teacher and a reference are trained on the corpus; both score a share of a pool, and the proxy made of the reference

@@ -20,6 +20,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MambaConfig,
+    MiniCPM3Config,
     PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -49,6 +50,17 @@ PROCESSED: dict[str, PreTrainedConfig] = {
     ),
     "granite, logits divided": GraniteConfig(**TINY, num_key_value_heads=4, logits_scaling=8.0, **SPECIAL),
     "cohere, logits multiplied": CohereConfig(**TINY, num_key_value_heads=4, logit_scale=0.0625, **SPECIAL),
+    "minicpm3, states divided": MiniCPM3Config(
+        **TINY,
+        num_key_value_heads=4,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        dim_model_base=8,
+        **SPECIAL,
+    ),
 }
 
 

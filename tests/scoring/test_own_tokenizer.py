@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Qwen2C
 
 import miniplm
 from conftest import write_jsonl
-from miniplm.errors import ArtifactMismatchError, RecipeError, TokenizerError
+from miniplm.errors import ArtifactMismatchError, RecipeError, ScoreError, TokenizerError
 from miniplm.packing import tokenizer as tokenizers
+from miniplm.packing.instances import Instances, read_shard
 from miniplm.packing.prepare import Corpus
+from miniplm.pipeline.chain import chain
+from miniplm.pipeline.run import run
 from miniplm.recipe import Compute, parse
+from miniplm.report.write import write_report
+from miniplm.scoring import score
 
 T = 24
 CPU = Compute(device="cpu")
@@ -163,3 +170,60 @@ select:
         parse(recipe)
     assert "normalize: byte" in str(refused.value)
     parse(recipe.replace("ratio: 0.5", "ratio: 0.5, normalize: byte"))
+
+
+def test_another_tokenizer_beside_the_same_weights_makes_other_scores(
+    corpus: Corpus, other: Path, scores: dict[str, Any], tmp_path: Path
+) -> None:
+    changed = tmp_path / "model"
+    shutil.copytree(other, changed)
+    tokenizers.train(["yet another text, yet other merges"] * 50, 270).save(changed)
+    how: dict[str, Any] = {"dtype": "float32", "compute": CPU}
+    found = miniplm.score(corpus.pool, str(changed), out=tmp_path / "scores", tokenizer="own", **how)
+    assert found.fingerprint != scores["other"].fingerprint
+    with pytest.raises(ArtifactMismatchError):  # never taken for those of the tokenizer before
+        miniplm.score(corpus.pool, str(other), out=tmp_path / "scores", tokenizer="own", **how)
+
+
+def test_an_instance_of_nothing_but_separators_is_named_before_anything_is_finished(
+    corpus: Corpus, same: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def all_separators(path: Path) -> Instances:
+        read = read_shard(path)
+        ids = read.input_ids.copy()
+        ids[1] = corpus.tokenizer.separator
+        return dataclasses.replace(read, input_ids=ids)
+
+    monkeypatch.setattr(score, "read_shard", all_separators)
+    with pytest.raises(ScoreError, match="instance 1 has no token that counts"):
+        miniplm.score(corpus.pool, str(same), out=tmp_path / "scores", counted="skip_after_separator", compute=CPU)
+    assert not (tmp_path / "scores").exists()
+
+
+RECIPE = """
+schema: 1
+name: x
+corpus: {{files: {files}}}
+prepare: {{tokenizer: {tokenizer}, sequence_length: 24, split: {{reference: 0.2, held_out: 0.2}}}}
+teacher: {{model: {teacher}}}
+reference: {{model: {reference}}}
+score: {{tokenizer: own, dtype: float32}}
+select:
+  difference: {{sampler: difference, ratio: 0.5, normalize: byte}}
+compute: {{device: cpu}}
+"""
+
+
+def test_a_run_across_tokenizers_ends_with_its_report(corpus: Corpus, same: Path, other: Path, tmp_path: Path) -> None:
+    recipe = parse(
+        RECIPE.format(
+            files=write_jsonl(tmp_path / "text.jsonl", 60), tokenizer=corpus.path / "tokenizer", teacher=other,
+            reference=same,
+        )
+    )  # fmt: skip
+    stages = chain(recipe, tmp_path / "run")
+    run(stages)
+    write_report(stages)
+    found = json.loads((tmp_path / "run" / "report.json").read_bytes())
+    assert found["effects"]["unit"] == found["scores"]["normalize"] == "byte"
+    assert "nats per byte" in (tmp_path / "run" / "report.html").read_text()

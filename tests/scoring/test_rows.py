@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,49 @@ class Counting:
     def score(self, tokens: NDArray[Any], mask: NDArray[np.bool_]) -> NDArray[np.float64]:
         self.asked += [tuple(row.tolist()) for row in tokens]
         return -np.where(mask, tokens[:, 1:].astype(np.float64), 0.0).sum(axis=1) / 3
+
+
+class Late(Counting):
+    """Answers all but the first row at once, and the first when all others have been taken."""
+
+    in_flight = 3
+    most_rows = 1
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.left = rows - 1
+
+    def submit(self, tokens: NDArray[Any], mask: NDArray[np.bool_]) -> Any:
+        first = not self.asked
+        answer = self.score(tokens, mask)
+        scorer = self
+
+        class Answer:
+            def done(self) -> bool:
+                return not first or scorer.left == 0
+
+            def result(self) -> NDArray[np.float64]:
+                assert self.done()
+                scorer.left -= not first
+                return answer
+
+        return Answer()
+
+
+def test_an_answer_that_is_late_holds_up_no_others(tmp_path: Path) -> None:
+    ids = np.random.default_rng(2).integers(1, VOCAB, (10, 7)).astype(np.uint16)
+    with Journal(tmp_path / "part.journal") as journal:
+        found = score_instances(instances(ids), Late(10), rule("attend"), 6, journal=journal).table
+    assert found.equals(score_instances(instances(ids), Counting(), rule("attend"), 6).table)
+    kept = [json.loads(line)[0] for line in (tmp_path / "part.journal").read_text().splitlines()]
+    assert kept == [*range(1, 10), 0]
+
+
+def test_operations_are_those_of_the_rows_that_were_computed() -> None:
+    ids = np.ones((2, T + 1), np.uint16)
+    ids[0, 10] = SEPARATOR
+    assert score_instances(instances(ids), Counting(), rule("attend"), 64).lengths == {T: 2}
+    assert score_instances(instances(ids), Counting(), rule("isolate"), 64).lengths == {T: 1, 10: 1, T - 10: 1}
 
 
 def test_what_is_in_the_journal_is_not_asked_again(tmp_path: Path) -> None:
