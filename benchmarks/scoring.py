@@ -2,9 +2,10 @@
 
     python benchmarks/scoring.py                       # both models, bfloat16; 5 to 10 minutes on two cores
     python benchmarks/scoring.py --vocabulary 32768 --rows 8 --repeats 2
+    python benchmarks/scoring.py --device cuda --shape 1.8b --vocabulary 151936 --rows 256
 
-Models of random weights in Qwen2's shape (512 wide, 8 layers), T = 1,024. Each contender runs in a process of its own,
-in turn and again, on the same rows; its best time counts, because the machine is shared:
+Models of random weights in Qwen2's shape (512 wide, 8 layers; or Qwen1.5-1.8B's), T = 1,024. Each contender runs in a
+process of its own, in turn and again, on the same rows; its best time counts, because the machine is shared:
 
     reference      the published code's way: all logits, a float32 copy, cross entropy, 4 rows at a time (16 take 25 GB)
     lm-eval        lm-evaluation-harness, `loglikelihood_rolling` of its HFLM, 4 rows at a time
@@ -12,7 +13,8 @@ in turn and again, on the same rows; its best time counts, because the machine i
     miniplm-16     the same with 16 rows at a time, for its memory
     ceiling        the model's operations, at the rate of a large matrix product measured in the same run
 
-Peak memory is the resident memory above what is resident when the model is loaded and a short row has been scored.
+Peak memory is the resident memory (on a GPU the allocated memory) above what is resident when the model is loaded and
+a short row has been scored.
 """
 
 from __future__ import annotations
@@ -31,12 +33,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 T = 1024
 SMALL_BATCH = 4
 SEPARATOR = 0
+SHAPES = {
+    "small": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8},
+    "1.8b": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 24, "num_attention_heads": 16},
+}
 
 
 def main() -> None:
     """Run the contenders, or be one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[151_936, 32_768])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3, help="processes of each contender")
     parser.add_argument("--contenders", nargs="+", default=["reference", "lm-eval", "miniplm", "miniplm-16"])
@@ -44,7 +52,7 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(child(options.child, options.vocabulary[0], options.rows)))
+        print(json.dumps(child(options.child, options.vocabulary[0], options)))
         return
     results = [result for size in options.vocabulary for result in compare(size, options)]
     options.out.parent.mkdir(exist_ok=True)
@@ -58,9 +66,8 @@ def compare(vocabulary: int, options: argparse.Namespace) -> list[dict[str, Any]
     for _ in range(options.repeats):
         for name in options.contenders:
             command = [sys.executable, __file__, "--child", name, "--vocabulary", str(vocabulary)]
-            done = subprocess.run(
-                [*command, "--rows", str(options.rows)], stdout=subprocess.PIPE, check=True, text=True
-            )
+            command += ["--rows", str(options.rows), "--device", options.device, "--shape", options.shape]
+            done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
             runs[name].append(json.loads(done.stdout.splitlines()[-1]))
     rate = max(run["matmul_flops_per_s"] for found in runs.values() for run in found)
     flops = runs["miniplm"][0]["flops_per_token"]
@@ -74,8 +81,8 @@ def compare(vocabulary: int, options: argparse.Namespace) -> list[dict[str, Any]
         peak = min(run["peak_bytes_above_weights"] for run in found)
         rows.append(
             {
-                "vocabulary": vocabulary, "contender": name, "batch_rows": found[0]["batch_rows"],
-                "tokens_per_s": speed,
+                "vocabulary": vocabulary, "shape": options.shape, "device": found[0]["device"], "contender": name,
+                "batch_rows": found[0]["batch_rows"], "tokens_per_s": speed,
                 "share_of_ceiling": speed / ceiling, "miniplm_is_times_as_fast": ours / speed,
                 "peak_bytes_above_weights": peak, "nats_per_token": found[0]["nats_per_token"],
                 "matmul_flops_per_s": rate, "flops_per_token": flops,
@@ -90,7 +97,7 @@ def compare(vocabulary: int, options: argparse.Namespace) -> list[dict[str, Any]
     return rows
 
 
-def child(name: str, vocabulary: int, rows: int) -> dict[str, Any]:
+def child(name: str, vocabulary: int, options: argparse.Namespace) -> dict[str, Any]:
     """Load the model, score a short row to warm up, then all of them for memory and, the better of two, for time."""
     import numpy as np
     import torch
@@ -100,18 +107,25 @@ def child(name: str, vocabulary: int, rows: int) -> dict[str, Any]:
 
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=vocabulary, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=8, tie_word_embeddings=True, initializer_range=0.1,
+        vocab_size=vocabulary, **SHAPES[options.shape], tie_word_embeddings=options.shape == "small",
+        num_key_value_heads=SHAPES[options.shape]["num_attention_heads"], initializer_range=0.1,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    with torch.device(options.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    rows = options.rows
     tokens = np.random.default_rng(0).integers(1, vocabulary, (rows, T + 1)).astype(np.uint32)
     run, batch = {"reference": reference, "lm-eval": lm_eval, "miniplm": miniplm, "miniplm-16": miniplm_16}[name](
         model, vocabulary
     )
     run(tokens[:1, : T // 8 + 1])  # imports, compiles
     gc.collect()
-    resident = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:
+        resident = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        resident = memory("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     run(tokens[: min(rows, batch)])
     times = []
     for _ in range(2):
@@ -122,7 +136,8 @@ def child(name: str, vocabulary: int, rows: int) -> dict[str, Any]:
     return {
         "tokens_per_s": rows * T / seconds,
         "batch_rows": batch,
-        "peak_bytes_above_weights": memory("VmHWM") - resident,
+        "device": torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",
+        "peak_bytes_above_weights": (torch.cuda.max_memory_allocated() if on_gpu else memory("VmHWM")) - resident,
         "nats_per_token": -float(np.sum(logp)) / (rows * T),
         "flops_per_token": forward_flops(model, T),
         "matmul_flops_per_s": matmul_rate(model.device, torch.bfloat16),
@@ -138,10 +153,10 @@ def reference(model: Any, vocabulary: int) -> tuple[Any, int]:
     def run(rows: Any) -> Any:
         found = []
         for begin in range(0, len(rows), SMALL_BATCH):
-            ids = torch.from_numpy(rows[begin : begin + SMALL_BATCH].astype(np.int64))
+            ids = torch.from_numpy(rows[begin : begin + SMALL_BATCH].astype(np.int64)).to(model.device)
             logits = model(input_ids=ids[:, :-1], use_cache=False).logits.float()
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-            found.append(-loss.view(len(ids), -1).sum(1).numpy())
+            found.append(-loss.view(len(ids), -1).sum(1).cpu().numpy())
         return np.concatenate(found)
 
     return run, SMALL_BATCH
@@ -162,7 +177,9 @@ def lm_eval(model: Any, vocabulary: int) -> tuple[Any, int]:
     backend = Tokenizer(WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w0"))
     backend.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w0", pad_token="w0")
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=SMALL_BATCH, max_length=T, device="cpu")
+    harness = HFLM(
+        pretrained=model, tokenizer=tokenizer, batch_size=SMALL_BATCH, max_length=T, device=str(model.device)
+    )
 
     def run(rows: Any) -> Any:
         texts = [" ".join(f"w{i}" for i in row[1:]) for row in rows]

@@ -44,7 +44,7 @@ class VllmScorer:
         self.sampling = sampling
         self.tokenizer = tokenizer
         self.name = name
-        longest = getattr(getattr(engine.llm_engine, "model_config", None), "max_model_len", None)
+        longest = getattr(getattr(engine, "model_config", None), "max_model_len", None)
         # of its context, a row takes one token more than it has predictions, and one is generated
         self.config = {} if longest is None else {"max_position_embeddings": longest - 2}
 
