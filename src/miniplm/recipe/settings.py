@@ -1,32 +1,19 @@
-"""Recipes: what is to be made, as typed settings. `Compute` is apart: how it is made, never part of an identity.
+"""The settings of each stage, and `Recipe`, which has one field a stage.
 
-In: a YAML file (or a dict) and `--set a.b=value` overrides. Out: a frozen `Recipe`.
-Promised: an unknown key, a wrong type or an impossible combination is a `RecipeError` that names the key, the line of
-the file, what was found and the nearest valid name. Every default is written out in the resolved recipe.
+Promised: frozen, strict about names and types; what cannot be together is refused with the path of the setting.
 Not covered: whether files, models and tokenizers exist; the stages find that out.
 """
 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
-from miniplm.errors import RecipeError
+from miniplm.recipe.dialect import Dumper
 
 Ratio = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -36,7 +23,7 @@ Documents = Literal["attend", "isolate"]
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
-class _At(ValueError):  # noqa: N818 (it never leaves this file)
+class At(ValueError):  # noqa: N818 (it never leaves this folder)
     """A complaint about the setting at `path`, relative to the model whose validator raises it."""
 
     def __init__(self, path: tuple[str, ...], message: str) -> None:
@@ -264,7 +251,7 @@ class SamplerSettings(Settings):
     def _extra_only_for_own_classes(self) -> Self:
         if self.model_extra and ":" not in self.sampler:
             unknown = next(iter(self.model_extra))
-            raise _At((unknown,), f"no such setting; {_did_you_mean(unknown, type(self).model_fields)}")
+            raise At((unknown,), f"no such setting; {did_you_mean(unknown, type(self).model_fields)}")
         return self
 
 
@@ -304,7 +291,7 @@ class Compute(Settings):
 _BY_KEY: Mapping[str, type[Settings]] = {"server": ServerModel, "vllm": VllmModel, "model": GivenModel}
 
 
-def _model_kind(value: object) -> str:
+def model_kind(value: object) -> str:
     """The class that a model's settings are of, told by their keys; class names are no keys of a recipe."""
     if isinstance(value, Settings):
         return type(value).__name__
@@ -317,7 +304,7 @@ AnyModel = Annotated[
     | Annotated[ServerModel, Tag("ServerModel")]
     | Annotated[VllmModel, Tag("VllmModel")]
     | Annotated[TrainSettings, Tag("TrainSettings")],
-    Discriminator(_model_kind),
+    Discriminator(model_kind),
 ]
 
 
@@ -349,27 +336,27 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _names_exist(self) -> Self:
         for role in {"teacher", "reference"} & self.students.keys():
-            raise _At(("students", role), "a student cannot have the name of a role; call it something else")
+            raise At(("students", role), "a student cannot have the name of a role; call it something else")
         if "pool" in self.select:
-            raise _At(("select", "pool"), "`pool` stands for all of the pool; call the selection something else")
+            raise At(("select", "pool"), "`pool` stands for all of the pool; call the selection something else")
         for name, student in self.students.items():
             if student.data not in (valid := ["pool", *self.select]):
-                raise _At(("students", name, "data"), _did_you_mean(student.data, valid))
+                raise At(("students", name, "data"), did_you_mean(student.data, valid))
         if isinstance(self.teacher, TrainSettings) and not self.prepare.split.teacher:
-            raise _At(("prepare", "split"), "the teacher is trained here, but `teacher` leaves it no documents")
+            raise At(("prepare", "split"), "the teacher is trained here, but `teacher` leaves it no documents")
         if isinstance(self.reference, TrainSettings) and not self.prepare.split.reference:
-            raise _At(("prepare", "split"), "the reference is trained here, but `reference` leaves it no documents")
+            raise At(("prepare", "split"), "the reference is trained here, but `reference` leaves it no documents")
         for name, selection in self.select.items():
             if self.score.tokenizer == "own" and selection.sampler == "difference" and selection.normalize == "token":
-                raise _At(
+                raise At(
                     ("select", name, "normalize"),
                     "with score.tokenizer: own, a difference per token compares tokens of different tokenizers; "
                     "use `normalize: byte`",
                 )
         if self.score.quantize != "none" and isinstance(self.teacher, ServerModel | VllmModel):
-            raise _At(("score", "quantize"), "the teacher is not run by transformers, so it cannot be quantised here")
+            raise At(("score", "quantize"), "the teacher is not run by transformers, so it cannot be quantised here")
         if self.evaluate.held_out and not self.prepare.split.held_out:
-            raise _At(("prepare", "split"), "evaluate.held_out is on, but `held_out` leaves no documents")
+            raise At(("prepare", "split"), "evaluate.held_out is on, but `held_out` leaves no documents")
         return self
 
     @model_validator(mode="after")
@@ -377,16 +364,16 @@ class Recipe(Settings):
         if self.proxy is None:
             return self
         if not isinstance(self.reference, TrainSettings | GivenModel):
-            raise _At(("reference",), "a proxy is made of the reference's weights; give a `model:` or train one here")
+            raise At(("reference",), "a proxy is made of the reference's weights; give a `model:` or train one here")
         for name, selection in self.select.items():
             if selection.sampler in {"teacher", "reference"}:
-                raise _At(
+                raise At(
                     ("select", name, "sampler"),
                     "with a proxy, teacher and reference score a share of the pool only; `difference` and `random` "
                     "can choose from all of it",
                 )
             if selection.sampler == "difference" and selection.normalize != self.proxy.normalize:
-                raise _At(
+                raise At(
                     ("select", name, "normalize"),
                     f"the proxy predicts the difference per {self.proxy.normalize}; set `proxy.normalize` to the same",
                 )
@@ -397,69 +384,7 @@ class Recipe(Settings):
         values = self.model_dump(by_alias=True, mode="json")
         # a sampler has only some of the settings: one that was not given may not be given now
         values["select"] = {n: s.model_dump(mode="json", exclude_unset=True) for n, s in self.select.items()}
-        return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-
-
-def load(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe and apply overrides of the form `select.difference.ratio=0.4` (values are YAML).
-
-    Raises:
-        RecipeError: the file cannot be read or does not describe a recipe.
-
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error}") from error
-    return parse(text, name=str(path), overrides=overrides)
-
-
-def parse(text: str, *, name: str = "recipe", overrides: Iterable[str] = ()) -> Recipe:
-    """Make a recipe of YAML text; `name` is what errors call it. Raises `RecipeError` as `load` does."""
-    try:
-        tree = yaml.compose(text, Loader=_Loader)
-        raw = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{name} is not YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{name} is not a recipe.", facts={"expected": "a mapping that begins with `schema: 1`"})
-    if "schema" not in raw:
-        raise RecipeError(f"{name} does not say which schema it is written in.", remedy="Begin it with `schema: 1`.")
-    overridden: set[tuple[str, ...]] = set()
-    for override in overrides:
-        overridden.add(_apply(raw, override))
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        assert tree is not None
-        raise _explain(error, raw, tree, name, overridden) from error
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but 1e-4 is a number and a key may stand only once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key.start_mark)
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key `{key.value}` stands twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the text that `_Loader` would take for a number, such as the commit 12e4567."""
-
-
-for _way in (_Loader, _Dumper):
-    _way.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
-    )
+        return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _with_like(students: Mapping[str, Any], name: str, seen: tuple[str, ...]) -> Any:
@@ -468,124 +393,20 @@ def _with_like(students: Mapping[str, Any], name: str, seen: tuple[str, ...]) ->
         return own
     other = own["like"]
     if other not in students:
-        raise _At(("students", name, "like"), _did_you_mean(str(other), students))
+        raise At(("students", name, "like"), did_you_mean(str(other), students))
     if other in seen or other == name:
-        raise _At(("students", name, "like"), f"it goes round in a circle: {' -> '.join((*seen, name, other))}")
+        raise At(("students", name, "like"), f"it goes round in a circle: {' -> '.join((*seen, name, other))}")
     inherited = _with_like(students, other, (*seen, name))
     return {**inherited, **{k: v for k, v in own.items() if k != "like"}} if isinstance(inherited, dict) else own
 
 
-def _apply(raw: dict[str, Any], override: str) -> tuple[str, ...]:
-    key, equals, value = override.partition("=")
-    path = tuple(key.strip().split("."))
-    if not equals or not all(path):
-        raise RecipeError(f"--set {override!r} is not of the form key.key=value.")
-    try:
-        parsed = yaml.load(value, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {override!r}: the value is not YAML: {error}") from error
-    target = raw
-    for step in path[:-1]:
-        inner = target.setdefault(step, {})
-        if not isinstance(inner, dict):
-            raise RecipeError(f"--set {override!r}: `{step}` is {inner!r}, which has no keys of its own.")
-        target[step] = target = dict(inner)  # a copy: with YAML aliases it may stand elsewhere too
-    target[path[-1]] = parsed
-    return path
-
-
-def _explain(
-    error: ValidationError, raw: Mapping[str, Any], tree: yaml.Node, name: str, overridden: set[tuple[str, ...]]
-) -> RecipeError:
-    """The first of pydantic's complaints as an error of ours, with the place in the file."""
-    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a misspelt key explains a missing one
-    cause = first.get("ctx", {}).get("error")
-    inner = cause.path if isinstance(cause, _At) else ()
-    path, node = _locate((*first["loc"], *inner), tree, overridden)
-    dotted = ".".join(path)
-    where = f"{name}, line {node.start_mark.line + 1}"
-    if any(path[: len(o)] == o or o[: len(path)] == path for o in overridden):
-        where = f"{name} with --set {dotted}"
-    if first["type"] == "extra_forbidden":
-        valid = sorted(_valid_names(path[:-1], raw))
-        return RecipeError(
-            f"{where}: unknown key `{path[-1]}`{' in ' + '.'.join(path[:-1]) if len(path) > 1 else ''}.",
-            facts={"found": _short(first["input"], path[-1]), "expected": f"one of: {', '.join(valid)}"},
-            remedy=_nearest(path[-1], valid),
-        )
-    if first["type"] == "missing":
-        return RecipeError(f"{where}: `{dotted}` is missing.", remedy="Add it; it has no default.")
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    found = _dig(raw, path)
-    facts = {"found": repr(found)} if path and not isinstance(found, Mapping) else {}
-    what = f"`{dotted}`" if path else "the recipe"
-    return RecipeError(f"{where}: {what} cannot be used.", facts={**facts, "because" if inner else "expected": message})
-
-
-def _dig(raw: Any, path: tuple[str, ...]) -> Any:
-    for step in path:
-        raw = raw.get(step) if isinstance(raw, Mapping) else None
-    return raw
-
-
-def _locate(
-    loc: tuple[int | str, ...], tree: yaml.Node, overridden: Iterable[tuple[str, ...]] = ()
-) -> tuple[tuple[str, ...], yaml.Node]:
-    """Follow pydantic's location into the YAML tree; steps that are no keys of the file (tags) are left out."""
-    path: list[str] = []
-    node = tree
-    mark = tree
-    for step in loc:
-        if isinstance(node, yaml.MappingNode):
-            found = next(((k, v) for k, v in node.value if k.value == str(step)), None)
-            if found is not None:
-                mark, node = found
-                path.append(str(step))
-                continue
-        if isinstance(node, yaml.SequenceNode) and isinstance(step, int):
-            mark = node = node.value[step]
-        elif step == loc[-1] or any(o[: len(path) + 1] == (*path, step) for o in overridden):
-            node = yaml.ScalarNode("", "")  # a key that came with --set; what is below it is not in the file either
-            path.append(str(step))
-    return tuple(path), mark
-
-
-def _valid_names(path: tuple[str, ...], raw: Mapping[str, Any]) -> list[str]:
-    """The keys that are valid in the mapping at `path` of a recipe."""
-    model: type[BaseModel] = Recipe
-    open_mapping = False
-    for step in path:
-        if open_mapping:
-            open_mapping = False
-            continue
-        field = next((f for n, f in model.model_fields.items() if step in (n, f.alias)), None)
-        if field is None:
-            return []
-        models = _models_in(field.annotation)
-        if not models:
-            return []
-        kind = _model_kind(raw.get(step))
-        model = next((m for m in models if m.__name__ == kind), models[-1])
-        open_mapping = getattr(field.annotation, "__origin__", None) is dict
-    return [f.alias or n for n, f in model.model_fields.items()] + (["like"] if model is StudentSettings else [])
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [m for inner in get_args(annotation) for m in _models_in(inner)]
-
-
-def _did_you_mean(word: str, valid: Iterable[str]) -> str:
+def did_you_mean(word: str, valid: Iterable[str]) -> str:
+    """What was expected in place of a word, and the nearest of it."""
     names = sorted(valid)
-    return " ".join(filter(None, [f"expected one of: {', '.join(names)}.", _nearest(word, names)]))
+    return " ".join(filter(None, [f"expected one of: {', '.join(names)}.", nearest(word, names)]))
 
 
-def _nearest(word: str, valid: Iterable[str]) -> str:
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """The valid name that a word was probably meant to be, as a question; "" if none is near."""
     close = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
     return f"Did you mean `{close[0]}`?" if close else ""
-
-
-def _short(value: object, key: str) -> str:
-    text = f"{key}: {value!r}"
-    return text if len(text) <= 80 else text[:77] + "..."
