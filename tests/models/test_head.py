@@ -348,3 +348,14 @@ def test_a_whole_training_step_never_holds_more_than_an_eighth_of_the_logits(rul
         optimizer.step()
     assert not torch.equal(before, model.get_output_embeddings().weight)
     assert VOCAB < largest.numel <= ROWS * VOCAB // 8
+
+
+def test_where_nothing_can_be_compiled_the_log_sum_exp_goes_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(*_: object, **__: object) -> Callable[..., Tensor]:
+        def fails(logits: Tensor) -> Tensor:
+            raise RuntimeError("no C++ compiler")
+
+        return fails
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    assert compiled_logsumexp() is None
