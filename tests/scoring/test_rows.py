@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, Qwen2Config
 
+from miniplm.errors import ArtifactDamagedError
 from miniplm.packing.instances import Instances, counted
 from miniplm.recipe import Compute, Counted, GivenModel, ScoreSettings
 from miniplm.recipe import Documents as DocumentsRule
@@ -233,6 +234,33 @@ def test_operations_are_those_of_the_rows_that_were_computed() -> None:
     ids[0, 10] = SEPARATOR
     assert score_instances(instances(ids), Counting(), rule("attend"), 64).lengths == {T: 2}
     assert score_instances(instances(ids), Counting(), rule("isolate"), 64).lengths == {T: 1, 10: 1, T - 10: 1}
+
+
+def test_an_answer_that_is_no_number_is_asked_for_again(tmp_path: Path) -> None:
+    ids = np.random.default_rng(2).integers(1, VOCAB, (4, 7)).astype(np.uint16)
+
+    class Broken(Counting):
+        def score(self, tokens: NDArray[Any], mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+            found = super().score(tokens, mask)
+            found[1] = np.nan
+            return found
+
+    path, mended = tmp_path / "part.journal", Counting()
+    with Journal(path) as journal:
+        broken = score_instances(instances(ids), Broken(), rule("attend"), 1000, journal=journal).table
+    assert np.isnan(broken["logp"].to_numpy()).tolist() == [False, True, False, False]
+    with Journal(path) as journal:
+        found = score_instances(instances(ids), mended, rule("attend"), 1000, journal=journal).table
+    assert mended.asked == [tuple(ids[1].tolist())]
+    assert found.equals(score_instances(instances(ids), Counting(), rule("attend"), 1000).table)
+
+
+@pytest.mark.parametrize("line", [b"\x00\x00\x00\n", b"[1]\n", b'{"a": 1}\n', b"[1, null]\n", b"[1, 2, 3]\n"])
+def test_a_line_of_the_journal_that_is_none_of_ours_is_an_error(line: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "part.journal"
+    path.write_bytes(b"[0, -1.5]\n" + line + b"[2, -2.5]\n")
+    with pytest.raises(ArtifactDamagedError, match=r"part\.journal"):
+        Journal(path)
 
 
 def test_what_is_in_the_journal_is_not_asked_again(tmp_path: Path) -> None:

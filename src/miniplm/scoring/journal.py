@@ -16,9 +16,16 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from miniplm.errors import ArtifactDamagedError
+
 
 class Journal:
-    """Rows and their log p in nats, in a file of JSON lines that is only appended to."""
+    """Rows and their log p in nats, in a file of JSON lines that is only appended to.
+
+    Raises:
+        ArtifactDamagedError: a line before the last is none of ours.
+
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -27,12 +34,21 @@ class Journal:
             whole = path.read_bytes()
             whole = whole[: whole.rfind(b"\n") + 1]
             os.truncate(path, len(whole))
-            self.known = dict(json.loads(line) for line in whole.splitlines())
+            try:
+                self.known = {int(row): float(logp) for row, logp in map(json.loads, whole.splitlines())}
+            except (ValueError, TypeError) as error:
+                raise ArtifactDamagedError(
+                    f"{path} is not as it was written.",
+                    facts={"because": str(error).splitlines()[0]},
+                    remedy="Remove the line, or the file: its rows are asked for again.",
+                ) from error
         self._file = path.open("ab")
 
     def write(self, rows: NDArray[np.int64], logp: NDArray[np.float64]) -> None:
-        """Keep some rows."""
-        lines = (json.dumps([row, value]) + "\n" for row, value in zip(rows.tolist(), logp.tolist(), strict=True))
+        """Keep some rows; one that is no number is not kept, or it would be found again when it has been mended."""
+        there = np.isfinite(logp)
+        answers = zip(rows[there].tolist(), logp[there].tolist(), strict=True)
+        lines = (json.dumps([row, value]) + "\n" for row, value in answers)
         self._file.write("".join(lines).encode())
         self._file.flush()
 
