@@ -52,7 +52,8 @@ class SlowScorer:
     """Log p by arithmetic on the token ids, `seconds` for a batch (0 to twice as much at random if a seed is given).
 
     Where there is a `log` folder, each process has a file in it, named by its process id: first the name of the Ray
-    node, then a line for each batch it has begun.
+    node, then a line for each batch it has begun. A process on the node that the file `log.hold` names stays in its
+    batch until it is killed.
     """
 
     def __init__(self, seconds: float = 0.0, log: Path | None = None, seed: int | None = None) -> None:
@@ -62,8 +63,16 @@ class SlowScorer:
 
     def score(self, tokens: np.ndarray[Any, Any], counted: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         self._note("batch")
+        while self.log is not None and self._held(self.log.parent.with_suffix(".hold")):
+            time.sleep(0.05)
         time.sleep(self.seconds if self.draw is None else self.draw.uniform(0, 2 * self.seconds))
         return -np.where(counted, np.sqrt(1.0 + tokens[:, 1:] % 17), 0.0).sum(axis=1)
+
+    def _held(self, hold: Path) -> bool:
+        held = hold.exists() and hold.read_text() == node()
+        if held:
+            self._note("held")
+        return held
 
     def _note(self, line: str) -> None:
         if self.log is not None:
