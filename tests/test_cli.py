@@ -18,7 +18,10 @@ from miniplm import artifact, cli
 from miniplm.recipe import load
 
 HOSTILE = "\x1b[31mred\x1b[0m <script>alert(1)</script> \u202e\x07"
-VERBS = ("plan", "run", "report", "prepare", "score", "drift", "select", "train", "eval", "show", "verify")
+VERBS = (
+    "plan", "run", "report", "prepare", "score", "drift", "select", "generate", "retokenize", "train", "eval", "show",
+    "verify",
+)  # fmt: skip
 
 RECIPE = """
 schema: 1
@@ -327,7 +330,7 @@ class Stop:
 @pytest.mark.parametrize(
     ("stage", "folder", "target", "calls", "state"),
     [
-        ("prepare", "corpus", "miniplm.packing.prepare._pack_remainders", 0, "begun {blocks} blocks"),
+        ("prepare", "corpus", "miniplm.packing.prepare.pack_remainders", 0, "begun {blocks} blocks"),
         ("score/teacher", "scores/teacher", "miniplm.scoring.score._refuse_unusable", 2, "begun 2 of {pool} shards"),
         (
             "evaluate/control",

@@ -175,7 +175,9 @@ def test_a_key_that_is_a_list_is_refused() -> None:
 
 def test_a_missing_key_is_named() -> None:
     assert "`corpus` is missing" in refused(edited('corpus: {files: "data/*.jsonl"}\n', ""))
-    assert "`reference.tokens` is missing" in refused(edited("  tokens: 1e6\n", ""))
+    message = refused(edited("  tokens: 1e6\n", ""))
+    assert "`reference.tokens` cannot be used" in message
+    assert "exactly one of tokens, epochs is needed" in message
 
 
 def test_a_recipe_file_that_is_not_there_is_named(tmp_path: Path) -> None:

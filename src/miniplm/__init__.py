@@ -22,14 +22,16 @@ if TYPE_CHECKING:
     from miniplm.packing.instances import open_packed as open_packed
     from miniplm.packing.prepare import Corpus as Corpus
     from miniplm.packing.prepare import open_corpus as open_corpus
+    from miniplm.pipeline.learning import generate as generate
+    from miniplm.pipeline.learning import retokenize as retokenize
+    from miniplm.pipeline.learning import train as train
+    from miniplm.pipeline.learning import train_proxy as train_proxy
     from miniplm.pipeline.library import drift as drift
     from miniplm.pipeline.library import evaluate as evaluate
     from miniplm.pipeline.library import prepare as prepare
     from miniplm.pipeline.library import sample as sample
     from miniplm.pipeline.library import score as score
     from miniplm.pipeline.library import select as select
-    from miniplm.pipeline.library import train as train
-    from miniplm.pipeline.library import train_proxy as train_proxy
     from miniplm.recipe import Compute as Compute
     from miniplm.recipe import GivenModel as GivenModel
     from miniplm.recipe import ServerModel as ServerModel
@@ -42,12 +44,12 @@ if TYPE_CHECKING:
     from miniplm.scoring.base import Scores as Scores
     from miniplm.scoring.base import open_scores as open_scores
     from miniplm.scoring.proxy import Proxy as Proxy
-    from miniplm.training.trainer import Checkpoint as Checkpoint
+    from miniplm.training.checkpoint import Checkpoint as Checkpoint
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Checkpoint": "training.trainer",
+    "Checkpoint": "training.checkpoint",
     "Compute": "recipe",
     "Corpus": "packing.prepare",
     "DifferenceSampling": "sampling.difference",
@@ -65,15 +67,17 @@ _HOME = {
     "VllmModel": "recipe",
     "drift": "pipeline.library",
     "evaluate": "pipeline.library",
+    "generate": "pipeline.learning",
     "open_corpus": "packing.prepare",
     "open_packed": "packing.instances",
     "open_scores": "scoring.base",
     "prepare": "pipeline.library",
+    "retokenize": "pipeline.learning",
     "sample": "pipeline.library",
     "score": "pipeline.library",
     "select": "pipeline.library",
-    "train": "pipeline.library",
-    "train_proxy": "pipeline.library",
+    "train": "pipeline.learning",
+    "train_proxy": "pipeline.learning",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 # is 5 to 9 times as fast (measured, NOTES.md). It has to be said before torch is imported.
 _OPENMP_WAIT = "passive"
 
-_OPTIONS = {"score_tokens": "batch-tokens", "train_micro_batch": "micro-batch"}  # settings whose options differ
+# settings whose options differ, and settings of a training that have options
+_OPTIONS = {"score_tokens": "batch-tokens", "train_micro_batch": "micro-batch", "generate_batch": "batch"}
+_TRAIN_OPTIONS = {"model", "data", "tokens", "epochs", "out", "held_out", "counted", "compute", "objective", "teacher"}
 
 app = typer.Typer(
     help="MiniPLM: refine a pre-training corpus with a large model's knowledge, once; train any student on the result.",
@@ -48,6 +50,7 @@ BatchOption = Annotated[
     int | None, typer.Option("--batch-tokens", help="Tokens per forward pass. [default: what suits the device]")
 ]
 DocumentsOption = Annotated[str, typer.Option(help="attend over the whole instance, or isolate each document")]
+RowsOption = Annotated[Path | None, typer.Option(help="A selection of its instances.")]
 ServerTokenizerOption = Annotated[str | None, typer.Option(help="The served model's tokenizer: Hub id or folder.")]
 EngineOption = Annotated[str, typer.Option(help="local, or ray: on all the machines of a Ray cluster.")]
 TokenizerOption = Annotated[
@@ -69,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "torch": "train",
             "transformers": "train",
             "accelerate": "train",
+            "tensorboard": "train",
             "jinja2": "report",
             "matplotlib": "report",
             "ray": "ray",
@@ -115,10 +119,11 @@ def run(
     """Make what is missing of a recipe, then the report. Interrupt and repeat at will."""
     from miniplm.pipeline.run import run as run_chain
     from miniplm.report.write import summary, write_report
+    from miniplm.training import processes
 
     stages = _chain(recipe, out, [*(set_ or []), *([f"compute.engine={engine}"] if engine else [])])
     run_chain(stages, only, typer.echo)
-    if only is None:
+    if only is None and processes.leads():
         page = write_report(stages)
         typer.echo(summary(stages))
         typer.echo(f"report: {page}")
@@ -293,46 +298,133 @@ def select(
 
 
 @app.command()
-def train(
-    model: Annotated[str, typer.Argument(help="A preset: qwen-200m, llama-212m, mamba-130m, ...")],
-    data: Annotated[Path, typer.Option(help="A part of a prepared corpus.")],
-    tokens: Annotated[float, typer.Option(help="Tokens to train on: 50e9")],
+def generate(
+    data: Annotated[Path, typer.Argument(help="A part of a prepared corpus: corpus/pool")],
+    teacher: Annotated[str, typer.Option(help="Hub id or folder.")],
     out: OutOption,
-    rows: Annotated[Path | None, typer.Option(help="A selection of its instances.")] = None,
+    rows: RowsOption = None,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Tokens that stay. [default: three quarters]")] = None,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that have this share.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    dtype: DtypeOption = "bfloat16",
+    batch: Annotated[int, typer.Option("--batch", help="Instances at a time.")] = 16,
+    device: DeviceOption = "auto",
+    engine: EngineOption = "local",
+) -> None:
+    """Have the teacher rewrite the end of each instance (SeqKD)."""
+    from miniplm.packing.instances import open_packed
+    from miniplm.pipeline.learning import generate as generate_part
+    from miniplm.sampling.base import open_selection
+
+    how: Any = {
+        "prompt_tokens": prompt_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "dtype": dtype,
+    }  # fmt: skip
+    made = generate_part(
+        open_packed(data), teacher, out=out, rows=None if rows is None else open_selection(rows),
+        compute=_compute(device=device, engine=engine, generate_batch=batch), **how,
+    )  # fmt: skip
+    typer.echo(f"{len(made):,} instances, {made.manifest.counts['generated_tokens']:,} tokens written: {out}")
+
+
+@app.command()
+def retokenize(
+    data: Annotated[Path, typer.Argument(help="A part of a prepared corpus: corpus/pool")],
+    tokenizer: Annotated[str, typer.Option(help="The other tokenizer: Hub id or folder.")],
+    out: OutOption,
+    rows: RowsOption = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Predicted positions of a new instance. [default: as now]")
+    ] = None,
+    engine: EngineOption = "local",
+) -> None:
+    """Pack the text of instances again under another tokenizer, for students of another family."""
+    from miniplm.packing.instances import open_packed
+    from miniplm.pipeline.learning import retokenize as retokenize_part
+    from miniplm.sampling.base import open_selection
+
+    made = retokenize_part(
+        open_packed(data), tokenizer, out=out, rows=None if rows is None else open_selection(rows),
+        sequence_length=sequence_length, compute=_compute(engine=engine),
+    )  # fmt: skip
+    typer.echo(f"{len(made):,} instances, {made.manifest.counts['tokens_out']:,} tokens: {out}")
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Option(help="A part of a prepared corpus.")],
+    out: OutOption,
+    model: Annotated[str | None, typer.Argument(help="A preset: qwen-200m, llama-212m, mamba-130m, ...")] = None,
+    start: Annotated[Path | None, typer.Option("--from", help="Instead: a trained model to go on from.")] = None,
+    tokens: Annotated[float | None, typer.Option(help="Tokens to train on: 50e9")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Instead: passes over the data.")] = None,
+    rows: RowsOption = None,
     held_out: Annotated[Path | None, typer.Option(help="A part for the loss curve.")] = None,
+    objective: Annotated[
+        str, typer.Option(help="next_token, vanilla_kd, minillm, or package.module:Class")
+    ] = "next_token",
+    teacher: Annotated[str | None, typer.Option(help="That the objective asks: Hub id or folder.")] = None,
+    match: Annotated[
+        str | None, typer.Option(help="flops: as many steps as plain pre-training's operations pay for")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="learning_rate=1e-3, batch_tokens=8192, seed=1, ...")
     ] = None,
     counted: CountedOption = "all",
     device: DeviceOption = "auto",
     micro_batch: Annotated[int, typer.Option(help="Instances per forward and backward pass.")] = 16,
+    report_to: Annotated[str, typer.Option(help="tensorboard, wandb, trackio, none")] = "tensorboard",
 ) -> None:
-    """Train a model from scratch on packed instances."""
+    """Train a model on packed instances: from scratch, or --from a trained one. Under torchrun: in all processes."""
     from miniplm.packing.instances import open_packed
-    from miniplm.pipeline.library import train as train_model
+    from miniplm.pipeline.learning import train as train_model
     from miniplm.sampling.base import open_selection
+    from miniplm.training import processes
 
     settings: dict[str, Any] = dict(pair for text in set_ or [] for pair in _pairs(text, "--set").items())
-    if reserved := sorted(settings.keys() & {"model", "data", "tokens", "out", "held_out", "counted", "compute"}):
+    own = {
+        "model",
+        "data",
+        "tokens",
+        "epochs",
+        "out",
+        "held_out",
+        "counted",
+        "compute",
+        "objective",
+        "teacher",
+        "match",
+    }
+    if reserved := sorted(settings.keys() & own):
         raise RecipeError(f"--set {reserved[0]}=... has an option of its own: --{reserved[0].replace('_', '-')}")
+    if (model is None) == (start is None):
+        raise RecipeError("one of a preset and --from is needed.", remedy="`miniplm train qwen-1m ...`, for example.")
     packed = open_packed(data)
+    about = {"data": data.name}
     if rows is not None:
         selection = open_selection(rows)
         selection.check_of(packed)
+        about = {"data": f"{len(selection) / selection.of:.0%} of {data.name}, {rows.name}"}
     checkpoint = train_model(
-        model,
+        start if model is None else model,  # type: ignore[arg-type]  # one of them is there
         packed if rows is None else packed.select(selection.rows),
         tokens=tokens,
+        epochs=epochs,
         out=out,
+        objective=objective,
+        teacher=teacher,
         held_out=None if held_out is None else open_packed(held_out),
         counted=counted,  # type: ignore[arg-type]  # a str here; the function checks it
-        compute=_compute(device=device, train_micro_batch=micro_batch),
+        about=about,
+        compute=_compute(device=device, train_micro_batch=micro_batch, report_to=report_to),
         **settings,
     )
+    if not processes.leads():
+        return
     counts = checkpoint.manifest.counts
     typer.echo(
-        f"{counts['parameters']:,} parameters, {counts['train_tokens']:,} tokens, "
-        f"final training loss {counts['final_train_loss']:.4f}: {out}"
+        f"{counts['parameters']:,} parameters, {counts['train_tokens']:,} tokens, {counts['train_flops']:.3g} "
+        f"operations, final training loss {counts['final_train_loss']:.4f}: {out}"
     )
 
 

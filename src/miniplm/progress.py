@@ -27,6 +27,9 @@ class Meter(Protocol):
     def skip(self, amount: int) -> None:
         """Say that `amount` units had been done before this run; they count as done, not as fast."""
 
+    def note(self, text: str) -> None:
+        """Show `text` beside the rate from now on."""
+
 
 @contextlib.contextmanager
 def progress(label: str, total: int | None, unit: str) -> Iterator[Meter]:
@@ -57,6 +60,9 @@ class _Silent:
     def skip(self, amount: int) -> None:
         pass
 
+    def note(self, text: str) -> None:
+        pass
+
 
 class _Bar:
     def __init__(self, bar: tqdm[object]) -> None:
@@ -70,12 +76,16 @@ class _Bar:
         self.bar.n = amount
         self.bar.refresh()
 
+    def note(self, text: str) -> None:
+        self.bar.set_postfix_str(text, refresh=False)
+
 
 class _Plain:
     def __init__(self, label: str, total: int | None, unit: str) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.initial = self.done = 0
         self.begun = self.printed = time.monotonic()
+        self.noted = ""
 
     def advance(self, amount: int) -> None:
         self.done += amount
@@ -85,6 +95,9 @@ class _Plain:
     def skip(self, amount: int) -> None:
         self.initial += amount
         self.done += amount
+
+    def note(self, text: str) -> None:
+        self.noted = text
 
     def close(self) -> None:
         self._print()
@@ -100,6 +113,8 @@ class _Plain:
         else:
             line += f" {self.unit}"
         line += f", {scaled(rate)} {self.unit}/s, {tqdm.format_interval(seconds)} so far"
+        if self.noted:
+            line += f", {self.noted}"
         if self.total and rate and self.done < self.total:
             line += f", {tqdm.format_interval((self.total - self.done) / rate)} left"
         print(line, file=sys.stderr, flush=True)  # noqa: T201 (this is what the function is for)

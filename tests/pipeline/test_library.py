@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 import miniplm
 from conftest import write_jsonl
 from miniplm.errors import ArtifactMismatchError, MiniplmError, RecipeError, ScoreError, TokenizerError, TrainingError
-from miniplm.pipeline.library import _packed_behind, _rows_fingerprint
+from miniplm.pipeline.given import packed_behind, rows_fingerprint
 
 TINY = {
     "model_type": "qwen2", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -35,7 +35,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> miniplm.Corpus:
 
 
 def fingerprint(rows: Any) -> str:
-    return _rows_fingerprint(rows, _packed_behind(rows))
+    return rows_fingerprint(rows, packed_behind(rows))
 
 
 def test_different_rows_have_different_fingerprints_however_they_were_chosen(corpus: miniplm.Corpus) -> None:
@@ -102,7 +102,7 @@ class Constant:
 def test_a_scorer_of_ones_own_is_an_object(corpus: miniplm.Corpus, tmp_path: Path) -> None:
     scores = miniplm.score(corpus.pool, Constant(), out=tmp_path / "scores")
     assert scores.per("token").tolist() == [-0.5] * len(corpus.pool)
-    with pytest.raises(ScoreError, match="fingerprint"):
+    with pytest.raises(RecipeError, match="fingerprint"):
         miniplm.score(corpus.pool, object(), out=tmp_path / "other")  # type: ignore[arg-type]
 
 

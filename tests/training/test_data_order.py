@@ -82,7 +82,7 @@ def test_the_order_is_the_same_however_it_is_read(pattern: str) -> None:
     positions = list(range(40))
     if pattern == "batches":
         batches = [order.__getitems__(positions[begin : begin + 7]) for begin in range(0, 40, 7)]
-        assert [int(ids[0]) for batch in batches for ids, _ in batch] == expected
+        assert [int(ids[0]) for batch in batches for ids, _, _ in batch] == expected
         return
     if pattern == "from the middle":
         positions = positions[17:]
@@ -99,21 +99,21 @@ def test_the_order_is_the_same_however_it_is_read(pattern: str) -> None:
 def test_a_batch_across_the_end_of_an_epoch_has_rows_of_both() -> None:
     order = TrainingOrder(rows_of(11), 22, seed=4)
     expected = seen(TrainingOrder(rows_of(11), 22, seed=4))
-    assert [int(ids[0]) for ids, _ in order.__getitems__([12, 10, 11, 0])] == [expected[p] for p in (12, 10, 11, 0)]
+    assert [int(ids[0]) for ids, _, _ in order.__getitems__([12, 10, 11, 0])] == [expected[p] for p in (12, 10, 11, 0)]
 
 
 def test_data_loader_workers_see_the_same_order() -> None:
     rows = rows_of(11)
     loader = torch.utils.data.DataLoader(TrainingOrder(rows, 40, seed=4), batch_size=3, num_workers=2, collate_fn=list)
-    assert [int(ids[0]) for batch in loader for ids, _ in batch] == seen(TrainingOrder(rows, 40, seed=4))
+    assert [int(ids[0]) for batch in loader for ids, _, _ in batch] == seen(TrainingOrder(rows, 40, seed=4))
 
 
 def test_items_are_the_rows_with_their_lengths_or_with_all_tokens_where_no_length_is_given() -> None:
     lengths = [2, 7, 5]
-    for ids, length in (TrainingOrder(rows_of(3, lengths), 3, seed=0)[p] for p in range(3)):
+    for ids, length, _ in (TrainingOrder(rows_of(3, lengths), 3, seed=0)[p] for p in range(3)):
         assert length == lengths[ids[0]]
         assert ids.tolist() == [ids[0], *range(100, 100 + T)]
-    assert [length for _, length in (TrainingOrder(rows_of(3), 3, seed=0)[p] for p in range(3))] == [T + 1] * 3
+    assert [length for _, length, _ in (TrainingOrder(rows_of(3), 3, seed=0)[p] for p in range(3))] == [T + 1] * 3
 
 
 def test_selected_rows_are_all_that_is_seen() -> None:
@@ -124,12 +124,12 @@ def test_selected_rows_are_all_that_is_seen() -> None:
 def test_in_order_is_the_rows_as_they_are() -> None:
     rows = InOrder(rows_of(5, [7, 6, 5, 4, 3]))
     assert len(rows) == 5
-    assert [(int(ids[0]), length) for ids, length in (rows[p] for p in range(5))] == [
+    assert [(int(ids[0]), length) for ids, length, _ in (rows[p] for p in range(5))] == [
         (0, 7), (1, 6), (2, 5), (3, 4), (4, 3),
     ]  # fmt: skip
 
 
-def ragged_items() -> list[tuple[np.ndarray[Any, Any], int]]:
+def ragged_items() -> list[tuple[np.ndarray[Any, Any], int, int]]:
     """Five instances: whole, with separators in the middle, short, of two tokens, with a separator as first token."""
     draw = np.random.default_rng(0)
     ids = draw.integers(1, 50, (5, T + 1)).astype(np.uint16)
@@ -137,7 +137,7 @@ def ragged_items() -> list[tuple[np.ndarray[Any, Any], int]]:
     lengths = [T + 1, T + 1, 4, 2, T + 1]
     for row, length in zip(ids, lengths, strict=True):
         row[length:] = SEPARATOR
-    return list(zip(ids, lengths, strict=True))
+    return list(zip(ids, lengths, range(len(lengths)), strict=True))
 
 
 def counts(ids: np.ndarray[Any, Any], length: int, position: int, rule: Counted) -> bool:
@@ -150,7 +150,7 @@ def test_a_batch_has_inputs_and_the_token_after_each(rule: Counted) -> None:
     items = ragged_items()
     batch = Collator(SEPARATOR, rule)(items)
     assert batch["input_ids"].dtype == batch["targets"].dtype == torch.int64
-    for number, (ids, _) in enumerate(items):
+    for number, (ids, _, _) in enumerate(items):
         for position in range(T):
             assert batch["input_ids"][number, position] == ids[position]
             assert batch["targets"][number, position] == ids[position + 1]
@@ -162,7 +162,7 @@ def test_the_loss_of_a_batch_is_the_mean_over_instances_of_each_ones_mean_over_c
     batch = Collator(SEPARATOR, rule)(items)
     nll = torch.rand(5, T, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     means = []
-    for number, (ids, length) in enumerate(items):
+    for number, (ids, length, _) in enumerate(items):
         own = [float(nll[number, p]) for p in range(T) if counts(ids, length, p, rule)]
         means.append(sum(own) / len(own))
     assert batch["weights"] is not None
@@ -176,13 +176,13 @@ def test_weights_sum_to_one_and_are_zero_exactly_where_a_target_does_not_count(r
     weights = Collator(SEPARATOR, rule)(items)["weights"]
     assert weights is not None
     torch.testing.assert_close(float(weights.sum()), 1.0, rtol=0, atol=1e-6)
-    for number, (ids, length) in enumerate(items):
+    for number, (ids, length, _) in enumerate(items):
         for position in range(T):
             assert (float(weights[number, position]) > 0) == counts(ids, length, position, rule)
 
 
 def test_there_are_weights_only_where_a_target_does_not_count() -> None:
-    whole = [(ids, T + 1) for ids, _ in ragged_items()[:1]]
+    whole = [(ids, T + 1, 0) for ids, _, _ in ragged_items()[:1]]
     short, with_separator = ragged_items()[2:3], ragged_items()[1:2]
     assert Collator(SEPARATOR, "all")(whole)["weights"] is None
     assert Collator(SEPARATOR, "skip_after_separator")(whole)["weights"] is None
@@ -194,7 +194,7 @@ def test_there_are_weights_only_where_a_target_does_not_count() -> None:
 def test_an_instance_in_which_nothing_counts_weighs_nothing() -> None:
     ids = np.array([SEPARATOR, 5] + [SEPARATOR] * (T - 1), np.uint16)
     whole = ragged_items()[0]
-    weights = Collator(SEPARATOR, "skip_after_separator")([(ids, 2), whole])["weights"]
+    weights = Collator(SEPARATOR, "skip_after_separator")([(ids, 2, 0), whole])["weights"]
     assert weights is not None
     assert weights[0].tolist() == [0.0] * T
     assert torch.isfinite(weights).all()
@@ -203,7 +203,7 @@ def test_an_instance_in_which_nothing_counts_weighs_nothing() -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_training_counts_the_targets_that_scoring_counts(rule: Counted) -> None:
     items = ragged_items()
-    mask = counted(np.stack([ids for ids, _ in items]), [length for _, length in items], SEPARATOR, rule)
+    mask = counted(np.stack([ids for ids, _, _ in items]), [length for _, length, _ in items], SEPARATOR, rule)
     weights = Collator(SEPARATOR, rule)(items)["weights"]
     assert weights is not None
     np.testing.assert_array_equal(mask, (weights > 0).numpy())

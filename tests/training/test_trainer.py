@@ -26,9 +26,10 @@ from miniplm.packing.prepare import Corpus
 from miniplm.recipe import Compute, Counted, GivenModel, ScoreSettings, TrainSettings
 from miniplm.scoring.load import load_scorer
 from miniplm.training import trainer as training
+from miniplm.training.checkpoint import Checkpoint, read_curve
 from miniplm.training.data import Collator, TrainingOrder
 from miniplm.training.objectives import Batch, NextToken
-from miniplm.training.trainer import Checkpoint, TrainingData, read_curve
+from miniplm.training.trainer import TrainingData
 
 T = 32
 BATCH = 8  # instances
@@ -86,7 +87,7 @@ def train(
     )
     what = training.identity(how, rule, {"data": corpus.pool.fingerprint})
     return training.train(
-        how, data, out, what, Compute(**{"device": "cpu", "train_micro_batch": 8, **compute}), objective
+        how, data, out, what, Compute(**{"device": "cpu", "train_micro_batch": 8, **compute}), objective=objective
     )
 
 
@@ -175,7 +176,7 @@ def test_the_curve_has_its_figures_at_even_distances_up_to_the_last_token(traine
     assert [point["step"] for point in curve] == list(range(3, STEPS + 1, 3))
     for point in curve:
         assert point["tokens"] == point["step"] * BATCH * T
-        assert set(point) == {"step", "tokens", "train_loss", "held_out_loss", "learning_rate", "grad_norm"}
+        assert set(point) == {"step", "tokens", "train_loss", "held_out_loss", "learning_rate", "grad_norm", "flops"}
 
 
 def test_the_learning_rate_warms_up_from_zero_and_falls_along_a_cosine_to_a_tenth(trained: Checkpoint) -> None:
@@ -203,7 +204,7 @@ def test_the_held_out_loss_of_the_curve_is_what_the_scorer_measures_on_the_same_
 def test_a_curve_without_held_out_instances_has_the_training_loss_alone(corpus: Corpus, tmp_path: Path) -> None:
     made = train(corpus, tmp_path / "model", settings(2))
     assert [set(point) for point in read_curve(made.path)] == [
-        {"step", "tokens", "train_loss", "learning_rate", "grad_norm"}
+        {"step", "tokens", "train_loss", "learning_rate", "grad_norm", "flops"}
     ] * 2
 
 
@@ -233,7 +234,7 @@ def slow_steps(
     after = []
     for step in range(steps):
         losses = []
-        for ids, length in order.__getitems__(list(range(step * BATCH, (step + 1) * BATCH))):
+        for ids, length, _ in order.__getitems__(list(range(step * BATCH, (step + 1) * BATCH))):
             row = torch.from_numpy(ids.astype(np.int64))
             logp = torch.log_softmax(model(input_ids=row[None, :-1]).logits[0], dim=-1)
             own = [

@@ -174,7 +174,7 @@ def _logsumexp_stepwise() -> LogSumExp:
 
 def _token_logp_cuda(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
     logp = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-    rows = _chunk_rows(hidden, weight)
+    rows = chunk_rows(hidden, weight)
     for begin in range(0, len(targets), rows):
         chunk = slice(begin, begin + rows)
         if weight.dtype == torch.float32:
@@ -197,7 +197,8 @@ def cross_entropy(
         weight: `[V, D]`.
         bias: `[V]` or None.
         targets: `[N]`, int64.
-        weights: `[N]`, what each target weighs in the mean, summing to 1; None weighs all alike.
+        weights: `[N]`, what each target weighs: summing to 1 for a mean, or any numbers, below 0 too, for another sum.
+            None weighs all alike.
 
     """
     kind = hidden.device.type
@@ -222,7 +223,7 @@ class _CrossEntropy(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         bias_grad = torch.zeros_like(bias, dtype=torch.float32) if needs_grad and bias is not None else None
         even = 1.0 / len(targets)
-        rows = _chunk_rows(hidden, weight)
+        rows = chunk_rows(hidden, weight)
         for begin in range(0, len(targets), rows):
             chunk = slice(begin, begin + rows)
             part, target = hidden[chunk], targets[chunk, None]
@@ -251,5 +252,6 @@ class _CrossEntropy(torch.autograd.Function):
         return (hidden_grad * scale).to(hidden_grad.dtype), (weight_grad * scale).to(ctx.dtype), by_bias, None, None
 
 
-def _chunk_rows(hidden: Tensor, weight: Tensor) -> int:
+def chunk_rows(hidden: Tensor, weight: Tensor) -> int:
+    """How many positions go through the head `[V, D]` at once, on the device of the hidden states."""
     return max(_SMALLEST_CHUNK_ROWS, _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 24) // len(weight))

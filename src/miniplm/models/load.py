@@ -236,6 +236,27 @@ def tokenizer_fingerprint(given: ScoredModel) -> str:
     return "" if own is None else own.fingerprint
 
 
+def check_reads(given: GivenModel, embeddings: int, tokenizer: Tokenizer) -> None:
+    """Make sure that a model reads a tokenizer's ids as they are meant. More embeddings than tokens are padding.
+
+    Raises:
+        TokenizerError: its own tokenizer, where it has one, means something else by some id.
+        ModelError: it has fewer embeddings than the tokenizer has tokens.
+
+    """
+    theirs = own_tokenizer(given)
+    if theirs is not None and (token := tokenizer.differing_token(theirs)) is not None:
+        raise TokenizerError(
+            f"{given.model} was trained with another tokenizer than the instances were packed with.",
+            facts={
+                "instances": f"{len(tokenizer.vocabulary):,} tokens, {token!r} is {tokenizer.vocabulary[token]}",
+                "model": f"{len(theirs.vocabulary):,} tokens, {token!r} is {theirs.vocabulary.get(token)}",
+            },
+            remedy="Across tokenizers only data can be distilled: score with `tokenizer: own`, and `retokenize`.",
+        )
+    check_vocabulary(tokenizer.vocab_size, embeddings, str(given.model))
+
+
 def positions(config: Mapping[str, Any]) -> int | None:
     """How many tokens a model has positions for; None if it does not say."""
     found = config.get("n_positions") or config.get("max_position_embeddings")

@@ -90,9 +90,9 @@ class Packed:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the ids; a copy of it lies beside the parts."""
-        folder = self.path.parent / TOKENIZER
-        return tokenizers.load(folder if folder.is_dir() else self.path / TOKENIZER)
+        """The tokenizer that made the ids; a copy of it lies in the folder, or beside the parts of a corpus."""
+        own = self.path / TOKENIZER
+        return tokenizers.load(own if own.is_dir() else self.path.parent / TOKENIZER)
 
     @property
     def shards(self) -> list[Path]:
@@ -103,6 +103,10 @@ class Packed:
     def select(self, rows: Sequence[int] | NDArray[np.int64]) -> datasets.Dataset:
         """The given rows as a `datasets.Dataset`, which any trainer takes."""
         return self.dataset.select(rows)
+
+    def take(self, rows: NDArray[np.int64]) -> Instances:
+        """The given rows, in memory."""
+        return _in_memory(self.dataset.with_format("arrow")[rows.tolist()])
 
     def text(self, row: int) -> str:
         """The text of an instance; separators are shown as they are spelt."""
@@ -147,16 +151,13 @@ def counted(
 def read_shard(path: Path) -> Instances:
     """Read one Arrow file; `input_ids` is a view of the memory-mapped file where it has one batch of rows."""
     with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
-        table = reader.read_all()
-    width = table.schema.field("input_ids").type.list_size
-    flat = table["input_ids"].combine_chunks().flatten().to_numpy()
-    return Instances(
-        input_ids=flat.reshape(-1, width),
-        length=table["length"].to_numpy(),
-        n_bytes=table["n_bytes"].to_numpy(),
-        source=table["source"].to_pylist(),
-        documents=table["documents"].to_pylist(),
-    )
+        return _in_memory(reader.read_all())
+
+
+def shard_rows(path: Path) -> int:
+    """How many instances an Arrow file has."""
+    with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
+        return sum(batch.num_rows for batch in reader)
 
 
 def write_shard(path: Path, instances: Instances) -> None:
@@ -192,6 +193,19 @@ def dataset_files(shards: Sequence[str], width: int, dtype: np.dtype[Any], finge
             "_split": None,
         },
     }
+
+
+def _in_memory(table: pa.Table) -> Instances:
+    """The rows of a table with the columns of instances; `input_ids` is a view where the table is in one piece."""
+    width = table.schema.field("input_ids").type.list_size
+    flat = table["input_ids"].combine_chunks().flatten().to_numpy()
+    return Instances(
+        input_ids=flat.reshape(-1, width),
+        length=table["length"].to_numpy(),
+        n_bytes=table["n_bytes"].to_numpy(),
+        source=table["source"].to_pylist(),
+        documents=table["documents"].to_pylist(),
+    )
 
 
 def _features(width: int, dtype: np.dtype[Any]) -> datasets.Features:

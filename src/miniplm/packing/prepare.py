@@ -15,7 +15,6 @@ Promised, and counted in the manifest: every document is in exactly one part; to
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from miniplm import artifact
 from miniplm.artifact import Identity, Workspace
@@ -44,6 +42,7 @@ from miniplm.packing.instances import (
     write_shard,
 )
 from miniplm.packing.pack import SentenceEnds, Stream, concatenate, pack, token_dtype
+from miniplm.packing.remainders import pack_remainders, read_ledgers, write_ledger
 from miniplm.packing.split import part_of, parts_in
 from miniplm.packing.tokenizer import Tokenizer
 from miniplm.progress import Meter, progress
@@ -146,11 +145,15 @@ def _prepare(
         make_worker = partial(_Worker, work, documents, settings)
         for _ in engine.run(make_worker, range(len(documents.groups)), meter.advance):
             pass
-    ledgers = [pq.read_table(path) for path in sorted((work.path / _BLOCKS).glob("*.parquet"))]
-    if not any(_counts(ledger)["documents"] for ledger in ledgers):
-        raise _no_documents(documents, _sum_rejected(ledgers))
-    tokens_left = _pack_remainders(work, ledgers, settings, tokenizer)
-    counts = _totals(work, ledgers, tokens_left, settings, tokenizer)
+    counted, waiting = read_ledgers(work.path / _BLOCKS)
+    if not counted["documents"]:
+        raise _no_documents(documents, _rejected(counted))
+    ends = SentenceEnds(tokenizer) if settings.cut == "sentence" else None
+    remainders, tokens_left = pack_remainders(waiting, settings.sequence_length + 1, tokenizer, ends)
+    for part, instances in remainders.items():
+        with work.part(f"{part}/{_REMAINDERS}") as path:
+            write_shard(path, instances)
+    counts = _totals(work, counted, tokens_left, settings, tokenizer)
     _refuse_empty_parts(counts, settings)
     for part in parts_in(settings.split):
         _seal(work, packed_identity(what.fingerprint, part), part, counts["parts"][part], tokenizer, settings)
@@ -240,7 +243,7 @@ class _Worker:
             counts[f"instances in {part}"] = sum(len(p) for p in pieces)
             counts[f"tokens out {part}"] = sum(int(p.length.sum()) for p in pieces)
         with self.work.part(f"{_BLOCKS}/{name}.parquet") as path:  # last: it says that the block is done
-            pq.write_table(_ledger(streams, counts), path)
+            write_ledger(path, streams, counts)
 
 
 def _blocks(records: Iterator[Document | Rejected], block_bytes: int) -> Iterator[Iterator[Document | Rejected]]:
@@ -278,60 +281,17 @@ def _batches(block: Iterator[Document | Rejected], counts: Counter[str]) -> Iter
         yield batch
 
 
-def _ledger(streams: Mapping[tuple[str, str], Stream], counts: Counter[str]) -> pa.Table:
-    """A block's remainders (a row for each document that still has tokens) and, as metadata, its counts."""
-    rows = [
-        (part, source, document, tokens)
-        for (part, source), stream in sorted(streams.items())
-        for document, tokens in zip(stream.documents, stream.tokens, strict=True)
-    ]
-    schema = pa.schema(
-        {"part": pa.string(), "source": pa.string(), "document": pa.string(), "tokens": pa.list_(pa.uint32())},
-        metadata={"counts": json.dumps(counts, sort_keys=True)},
-    )
-    columns = zip(*rows, strict=True) if rows else ((),) * len(schema)
-    return pa.table([pa.array(column, f.type) for column, f in zip(columns, schema, strict=True)], schema=schema)
-
-
-def _counts(ledger: pa.Table) -> Counter[str]:
-    return Counter(json.loads(ledger.schema.metadata[b"counts"]))
-
-
-def _sum_rejected(ledgers: list[pa.Table]) -> dict[str, int]:
-    total: Counter[str] = sum((_counts(ledger) for ledger in ledgers), Counter())
-    return {reason: total[reason] for reason in ("empty", "malformed", "undecodable")}
-
-
-def _pack_remainders(
-    work: Workspace, ledgers: list[pa.Table], settings: PrepareSettings, tokenizer: Tokenizer
-) -> dict[str, Counter[str]]:
-    """Pack what the blocks left over, source by source in block order; return the tokens that are left then."""
-    streams: defaultdict[tuple[str, str], Stream] = defaultdict(Stream)
-    for ledger in ledgers:
-        for row in ledger.to_pylist():
-            streams[row["part"], row["source"]].add(row["document"], np.array(row["tokens"], np.uint32))
-    ends = SentenceEnds(tokenizer) if settings.cut == "sentence" else None
-    whole: defaultdict[str, list[Instances]] = defaultdict(list)
-    left: dict[str, Counter[str]] = {part: Counter() for part in parts_in(settings.split)}
-    for (part, source), stream in sorted(streams.items()):
-        instances, rest = pack(stream, source, settings.sequence_length + 1, tokenizer, ends)
-        whole[part].append(instances)
-        left[part][source] += rest.waiting()
-    for part, pieces in whole.items():
-        if sum(len(p) for p in pieces):
-            with work.part(f"{part}/{_REMAINDERS}") as path:
-                write_shard(path, concatenate(pieces))
-    return left
+def _rejected(counts: Counter[str]) -> dict[str, int]:
+    return {reason: counts[reason] for reason in ("empty", "malformed", "undecodable")}
 
 
 def _totals(
     work: Workspace,
-    ledgers: list[pa.Table],
-    tokens_left: Mapping[str, Counter[str]],
+    total: Counter[str],
+    tokens_left: Counter[str],
     settings: PrepareSettings,
     tokenizer: Tokenizer,
 ) -> dict[str, Any]:
-    total: Counter[str] = sum((_counts(ledger) for ledger in ledgers), Counter())
     parts = {}
     for part in parts_in(settings.split):
         shards = sorted(p.name for p in (work.path / part).glob("*.arrow"))
@@ -347,15 +307,15 @@ def _totals(
             "text_bytes": total[f"bytes in {part}"],
             "tokens_in": total[f"tokens in {part}"],
             "tokens_out": tokens,
-            "leftover_tokens": tokens_left[part].total(),
+            "leftover_tokens": tokens_left[part],
             "instances": sources.total(),
             "sources": dict(sorted(sources.items())),
             "shards": shards,
         }
-        assert total[f"tokens in {part}"] == tokens + tokens_left[part].total(), "tokens were lost"
+        assert total[f"tokens in {part}"] == tokens + tokens_left[part], "tokens were lost"
     return {
         "documents": total["documents"],
-        **_sum_rejected(ledgers),
+        **_rejected(total),
         "sequence_length": settings.sequence_length,
         "vocab_size": tokenizer.vocab_size,
         "separator": tokenizer.separator,

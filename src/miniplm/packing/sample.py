@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from miniplm import artifact
 from miniplm.artifact import Identity, Workspace
-from miniplm.packing.instances import TOKENIZER, Instances, Packed, dataset_files, open_packed, read_shard, write_shard
+from miniplm.packing.instances import TOKENIZER, Packed, dataset_files, open_packed, read_shard, write_shard
 
 VERSION = 1
 ROWS = "rows.parquet"
@@ -66,11 +66,10 @@ def _sample(work: Workspace, packed: Packed, what: Identity) -> Mapping[str, Any
             packed.tokenizer.save(folder)
     step = max(1, _SHARD_TOKENS // (packed.sequence_length + 1))
     shards = [f"part-{number:05d}.arrow" for number in range(-(-len(rows) // step))]
-    source = packed.dataset.with_format("arrow")
     for number, name in enumerate(shards):
         if not work.has(name):
             with work.part(name) as path:
-                write_shard(path, _instances(source[rows[number * step : (number + 1) * step].tolist()]))
+                write_shard(path, packed.take(rows[number * step : (number + 1) * step]))
     with work.part(ROWS) as path:
         pq.write_table(pa.table({"row": rows}), path, compression="zstd")
 
@@ -93,15 +92,3 @@ def _sample(work: Workspace, packed: Packed, what: Identity) -> Mapping[str, Any
         "shards": shards,
         **{name: there[name] for name in ("sequence_length", "vocab_size", "separator", "tokenizer")},
     }
-
-
-def _instances(table: pa.Table) -> Instances:
-    """The rows of an Arrow table of a packed part, in memory."""
-    width = table.schema.field("input_ids").type.list_size
-    return Instances(
-        input_ids=table["input_ids"].combine_chunks().flatten().to_numpy().reshape(-1, width),
-        length=table["length"].to_numpy(),
-        n_bytes=table["n_bytes"].to_numpy(),
-        source=table["source"].to_pylist(),
-        documents=table["documents"].to_pylist(),
-    )

@@ -61,19 +61,23 @@ class Tokenizer:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @cached_property
+    def byte_level(self) -> bool:
+        """Whether every token spells its bytes, so that `spelling` is to be had."""
+        return _has(self.backend.decoder, "ByteLevel")
+
+    @cached_property
     def token_bytes(self) -> NDArray[np.int32]:
         """UTF-8 bytes of text that each id stands for, `[vocab_size]`; 0 for special tokens.
 
         Summed over a document's ids this is the length of the text as the tokenizer's normaliser left it.
         """
         sizes = np.zeros(self.vocab_size, np.int32)
-        byte_level = _has(self.backend.decoder, "ByteLevel")
         special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
         added = set(self.backend.get_added_tokens_decoder())
         for token, i in self.backend.get_vocab(with_added_tokens=True).items():
             if i in special:
                 continue
-            if byte_level and i not in added:
+            if self.byte_level and i not in added:
                 sizes[i] = len(token)  # one character of the byte-level alphabet is one byte
             elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
                 sizes[i] = 1  # a SentencePiece byte token
@@ -89,7 +93,7 @@ class Tokenizer:
             TokenizerError: the tokenizer is not byte-level; its tokens do not say exactly which text they were.
 
         """
-        if not _has(self.backend.decoder, "ByteLevel"):
+        if not self.byte_level:
             raise TokenizerError(
                 "the text of these tokens cannot be told exactly: the tokenizer is not byte-level.",
                 remedy="Prepare the corpus with a byte-level tokenizer (GPT-2's, Qwen's, Llama 3's, one trained here).",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,23 +25,33 @@ from miniplm.corpus.sources import Documents, open_documents
 from miniplm.evaluation import evaluate as evaluating
 from miniplm.models.load import model_fingerprint, tokenizer_fingerprint
 from miniplm.packing import prepare as preparing
+from miniplm.packing import repack as retokenizing
 from miniplm.packing import sample as sampling
 from miniplm.packing.instances import Packed, open_packed, packed_identity
+from miniplm.packing.tokenizer import load as load_tokenizer
 from miniplm.pipeline.engines import engine_of
 from miniplm.pipeline.stages import (
+    Material,
+    OpenRows,
     evaluate_model,
+    generate_rows,
     make_proxy,
+    open_made,
+    open_selected,
+    open_whole,
+    retokenize_rows,
     sample_pool,
     score_part,
     score_with_proxy,
     select_rows,
     train_model,
 )
-from miniplm.recipe import CorpusSettings, GivenModel, Recipe, ScoredModel, TrainSettings
+from miniplm.recipe import CorpusSettings, GivenModel, Recipe, SamplerSettings, ScoredModel, TrainSettings, VllmModel
 from miniplm.sampling.named import identity as selection_identity
 from miniplm.sampling.named import needs_with_proxy, sampler_from
 from miniplm.scoring import proxy as proxies
 from miniplm.scoring import score as scoring
+from miniplm.training import sequence_kd as generating
 from miniplm.training import trainer as training
 from miniplm.training.presets import preset
 
@@ -131,9 +141,14 @@ def chain(recipe: Recipe, root: Path) -> Chain:
             own = tokenizer_fingerprint(model) if rule.tokenizer == "own" else ""
             models[role] = _Model(model_fingerprint(model), model, (), own)
             continue
-        data, open_data = part(role)
-        what = training.identity(model, rule.counted, {"data": data})
-        make = partial(train_model, model, open_data, None, None, rule.counted, compute)
+        its_part, open_data = part(role)
+        inputs = {"data": its_part}
+        if model.start is not None:
+            inputs["from"] = model_fingerprint(model.start)
+        what = training.identity(model, rule.counted, inputs)
+        about = {"corpus": recipe.name, "data": f"the part `{role}`"}
+        material = Material(partial(open_whole, open_data), None, rule.counted, about)
+        make = partial(train_model, model, material, None, compute)
         models[role] = _Model.made_by(stages.add(f"train/{role}", f"models/{role}", what, ("prepare",), make))
 
     if recipe.proxy is not None:  # teacher and reference score a share of the pool, see appendix E
@@ -155,6 +170,7 @@ def chain(recipe: Recipe, root: Path) -> Chain:
         scores["difference"] = _predicted(stages, models, scores, pool, open_pool)
 
     fingerprints = {"pool": pool, **{role: stage.identity.fingerprint for role, stage in scores.items()}}
+    data = {"pool": _Data(pool, ("prepare",), partial(open_whole, open_pool), about={"data": "the pool"})}
     for name, settings in recipe.select.items():
         sampler = sampler_from(settings)
         wanted = sampler.needs if recipe.proxy is None else needs_with_proxy(settings.sampler, sampler)
@@ -162,23 +178,55 @@ def chain(recipe: Recipe, root: Path) -> Chain:
         what = selection_identity(settings.sampler, sampler, fingerprints, wanted)
         needs = ("prepare", *(stage.name for stage in read.values()))
         make = partial(select_rows, sampler, open_pool, {role: stage.path for role, stage in read.items()})
-        stages.add(f"select/{name}", f"selections/{name}", what, needs, make)
+        made = stages.add(f"select/{name}", f"selections/{name}", what, needs, make)
+        data[name] = _Data(
+            what.fingerprint, ("prepare", made.name), partial(open_selected, open_pool, made.path),
+            about=_about_selection(recipe, settings, wanted),
+        )  # fmt: skip
+
+    for name, writing in recipe.generate.items():
+        prompts, teacher = data[writing.data], models["teacher"]
+        assert isinstance(teacher.given, GivenModel)  # the recipe has made sure
+        what = generating.identity(writing, {"data": prompts.fingerprint, "teacher": teacher.fingerprint})
+        needs = (*prompts.needs, *teacher.stage)
+        make = partial(generate_rows, prompts.open, teacher.given, writing, compute)
+        made = stages.add(f"generate/{name}", f"generated/{name}", what, needs, make)
+        data[name] = _Data.made_by(made, {**prompts.about, "continued by": _name(recipe.teacher)})
+
+    for name, reading in recipe.retokenize.items():
+        before, named = data[reading.data], reading.tokenizer
+        assert named.name is not None  # the recipe has made sure
+        tokenizer = load_tokenizer(named.name, named.revision, named.separator)
+        what = retokenizing.identity(reading, tokenizer.fingerprint, {"data": before.fingerprint})
+        make = partial(retokenize_rows, before.open, tokenizer, reading, compute)
+        made = stages.add(f"retokenize/{name}", f"retokenized/{name}", what, before.needs, make)
+        data[name] = _Data.made_by(made, before.about, tokenizer.fingerprint)
 
     for name, student in recipe.students.items():
-        selection = None if student.data == "pool" else stages[f"select/{student.data}"]
-        inputs = {"data": pool if selection is None else selection.identity.fingerprint}
+        read_from = data[student.data]
+        inputs = {"data": read_from.fingerprint}
+        needs = read_from.needs
         open_measured = None
-        if recipe.evaluate.held_out:
+        if recipe.evaluate.held_out and not read_from.tokenizer:
             inputs["held_out"], open_measured = held_out, open_held_out
+        asked = None
+        if student.needs_teacher:
+            teacher = models["teacher"]
+            assert isinstance(teacher.given, GivenModel)  # the recipe has made sure
+            inputs["teacher"], asked = teacher.fingerprint, teacher.given
+            needs = (*needs, *teacher.stage)
+        if student.start is not None:
+            inputs["from"] = model_fingerprint(student.start)
         what = training.identity(student, rule.counted, inputs)
-        needs = ("prepare",) if selection is None else ("prepare", selection.name)
-        rows = None if selection is None else selection.path
-        make = partial(train_model, student, open_pool, rows, open_measured, rule.counted, compute)
-        models[name] = _Model.made_by(stages.add(f"students/{name}", f"students/{name}", what, needs, make))
+        material = Material(read_from.open, open_measured, rule.counted, {"corpus": recipe.name, **read_from.about})
+        make = partial(train_model, student, material, asked, compute)
+        made = stages.add(f"students/{name}", f"students/{name}", what, needs, make)
+        models[name] = _Model.made_by(made, read_from.tokenizer)
 
     if recipe.evaluate.held_out:
         for name, measured in models.items():
-            what = evaluating.identity(held_out, measured.fingerprint, rule, measured.tokenizer)
+            how = rule.model_copy(update={"tokenizer": "own"}) if measured.reads_other_tokens else rule
+            what = evaluating.identity(held_out, measured.fingerprint, how, measured.tokenizer)
             needs = ("prepare", *measured.stage)
             make = partial(evaluate_model, open_held_out, measured.given, compute)
             stages.add(f"evaluate/{name}", f"evaluations/{name}", what, needs, make)
@@ -193,10 +241,52 @@ class _Model:
     given: ScoredModel
     stage: tuple[str, ...]
     tokenizer: str = ""
+    reads_other_tokens: bool = False
 
     @classmethod
-    def made_by(cls, stage: Stage) -> _Model:
-        return cls(stage.identity.fingerprint, GivenModel(model=str(stage.path)), (stage.name,))
+    def made_by(cls, stage: Stage, other_tokenizer: str = "") -> _Model:
+        given = GivenModel(model=str(stage.path))
+        return cls(stage.identity.fingerprint, given, (stage.name,), reads_other_tokens=bool(other_tokenizer))
+
+
+@dataclass(frozen=True, slots=True)
+class _Data:
+    """What a student can be trained on.
+
+    Attributes:
+        fingerprint: of it.
+        needs: names of the stages that have to be done.
+        open: opens the rows.
+        about: for the model card.
+        tokenizer: fingerprint of the tokenizer, if it is not the corpus's.
+
+    """
+
+    fingerprint: str
+    needs: tuple[str, ...]
+    open: OpenRows
+    about: Mapping[str, str]
+    tokenizer: str = ""
+
+    @classmethod
+    def made_by(cls, stage: Stage, about: Mapping[str, str], tokenizer: str = "") -> _Data:
+        return cls(stage.identity.fingerprint, (stage.name,), partial(open_made, stage.path), about, tokenizer)
+
+
+def _about_selection(recipe: Recipe, settings: SamplerSettings, scores: Iterable[str]) -> dict[str, str]:
+    """What a model card says of a selection."""
+    said = {"data": f"{settings.ratio:.0%} of the pool, by {settings.sampler} sampling"}
+    roles = ("teacher", "reference") if set(scores) & {"teacher", "reference", "difference"} else ()
+    return said | {role: _name(getattr(recipe, role)) for role in roles}
+
+
+def _name(model: TrainSettings | ScoredModel) -> str:
+    """What a model card calls a model; of a folder its last part, since where it lies is nobody's business."""
+    if isinstance(model, TrainSettings):
+        kind = model.preset or (model.config or {}).get("model_type", "a model")
+        return f"{kind}, trained on a part of the same corpus"
+    name = model.vllm if isinstance(model, VllmModel) else model.model
+    return Path(name).name if Path(name).expanduser().is_dir() else name
 
 
 def _predicted(

@@ -5,21 +5,19 @@ Each function makes the artifact at `out` if it is not there, goes on with it if
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from pydantic import ValidationError
 
 from miniplm.artifact import MANIFEST
 from miniplm.artifact import read as read_artifact
 from miniplm.corpus import builtin as builtin_corpus
 from miniplm.corpus.sources import open_documents
-from miniplm.errors import RecipeError, ScoreError
+from miniplm.errors import RecipeError
 from miniplm.evaluation import evaluate as evaluating
 from miniplm.evaluation.evaluate import Evaluation
 from miniplm.models.load import model_fingerprint, tokenizer_fingerprint
@@ -27,8 +25,8 @@ from miniplm.packing import prepare as preparing
 from miniplm.packing import sample as sampling
 from miniplm.packing.instances import Packed, open_packed
 from miniplm.packing.prepare import Corpus
-from miniplm.packing.tokenizer import Tokenizer
 from miniplm.pipeline.engines import engine_of
+from miniplm.pipeline.given import AnyGivenModel, given_model, own_fingerprint, refused
 from miniplm.recipe import (
     Columns,
     Compute,
@@ -42,7 +40,6 @@ from miniplm.recipe import (
     ScoredModel,
     ScoreSettings,
     Split,
-    TrainSettings,
 )
 from miniplm.recipe import Documents as DocumentsRule
 from miniplm.sampling import base as selecting
@@ -56,10 +53,7 @@ if TYPE_CHECKING:
     import datasets
 
     from miniplm.scoring.drift import Drift, Way
-    from miniplm.scoring.proxy import Proxy
-    from miniplm.training.trainer import Checkpoint
 
-AnyGivenModel = str | os.PathLike[str] | ScoredModel
 AnyModel = str | os.PathLike[str] | ScoredModel | Scorer
 
 
@@ -117,62 +111,9 @@ def prepare(
         which = Columns.model_validate(columns or {})
         skipping = CorpusSettings.model_validate({"files": "", "on_error": on_error}).on_error
     except ValidationError as error:
-        raise _refused(error) from error
+        raise refused(error) from error
     documents = open_documents(source, block_bytes, which, skipping)
     return preparing.prepare(documents, settings, out, engine_of(compute or Compute(), model=False))
-
-
-def train(
-    model: str | Mapping[str, Any],
-    data: Packed | datasets.Dataset,
-    *,
-    tokens: float,
-    out: str | os.PathLike[str],
-    held_out: Packed | None = None,
-    counted: Counted = "all",
-    tokenizer: Tokenizer | None = None,
-    compute: Compute | None = None,
-    **settings: Any,
-) -> Checkpoint:
-    """Train a causal language model from scratch.
-
-    Args:
-        model: a preset (`qwen-200m`), or a `transformers` config as a dict.
-        data: a packed part, or rows of one (`corpus.pool.select(chosen.rows)`).
-        tokens: predicted tokens to see, rounded down to whole batches; more than the data has are seen in further
-            epochs.
-        out: folder of the model.
-        held_out: instances for the loss curve.
-        counted: which targets count.
-        tokenizer: needed only for rows that are not of a packed part of ours.
-        compute: how: device, micro-batch.
-        settings: `batch_tokens`, `learning_rate`, `seed`, `precision`, `trainer`, ... of `TrainSettings`.
-
-    Raises:
-        RecipeError, ModelError, TrainingError, ArtifactError, StorageError: see `miniplm.errors`.
-
-    """
-    from miniplm.training import trainer as training  # imports torch, which documents and selections do not need
-    from miniplm.training.trainer import TrainingData
-
-    try:
-        which = {"preset": model} if isinstance(model, str) else {"config": dict(model)}
-        resolved = TrainSettings.model_validate({**which, "tokens": tokens, **settings})
-        counted = ScoreSettings(counted=counted).counted
-    except ValidationError as error:
-        raise _refused(error) from error
-    packed = data if isinstance(data, Packed) else _packed_behind(data)
-    made_by = tokenizer or (packed.tokenizer if packed is not None else None)
-    if made_by is None:
-        raise RecipeError("these rows are of no packed part; say which tokenizer made them: train(..., tokenizer=...).")
-    rows = data.dataset if isinstance(data, Packed) else data
-    inputs = {"data": data.fingerprint if isinstance(data, Packed) else _rows_fingerprint(data, packed)}
-    if packed is None:
-        inputs["tokenizer"] = made_by.fingerprint
-    if held_out is not None:
-        inputs["held_out"] = held_out.fingerprint
-    material = TrainingData(rows, made_by, None if held_out is None else held_out.dataset, counted)
-    return training.train(resolved, material, Path(out), training.identity(resolved, counted, inputs), compute)
 
 
 def score(
@@ -260,8 +201,8 @@ def drift(
     chosen = _choice(normalize)
     ways = [*usual_ways(packed.sequence_length, settings), *also]
     return measure(
-        packed, _given(teacher), _given(reference), settings, ways, sample=sample, ratio=ratio, normalize=chosen,
-        seed=seed, compute=compute, say=say,
+        packed, given_model(teacher), given_model(reference), settings, ways, sample=sample, ratio=ratio,
+        normalize=chosen, seed=seed, compute=compute, say=say,
     )  # fmt: skip
 
 
@@ -281,63 +222,8 @@ def sample(packed: Packed, *, share: float, out: str | os.PathLike[str], seed: i
     try:
         drawn = ProxySettings(share=share, seed=seed)
     except ValidationError as error:
-        raise _refused(error) from error
+        raise refused(error) from error
     return sampling.sample(packed, Path(out), sampling.identity(packed.fingerprint, drawn.share, drawn.seed))
-
-
-def train_proxy(
-    sample: Packed,
-    *,
-    teacher: Scores,
-    reference: Scores,
-    model: str | os.PathLike[str] | GivenModel,
-    out: str | os.PathLike[str],
-    teacher_model: AnyGivenModel | None = None,
-    counted: Counted = "all",
-    compute: Compute | None = None,
-    **settings: Any,
-) -> Proxy:
-    """Fine-tune the reference model to predict the difference of the scores; `score` then takes it as a model.
-
-    `DifferenceSampling(ratio=0.5).select_predicted(miniplm.score(corpus.pool, proxy, out=...))` is the selection.
-
-    Args:
-        sample: of the pool, from `miniplm.sample`.
-        teacher: the teacher's scores of the sample.
-        reference: the reference's.
-        model: the reference model.
-        out: folder of the proxy.
-        teacher_model: the teacher, if `proxy.json` is to tell the operations that are saved.
-        counted: which targets count, as in the scores.
-        compute: how: device, micro-batch.
-        settings: `normalize`, `held_out`, `validation`, `epochs`, `learning_rate`, `batch`, `precision`, `seed` of
-            `ProxySettings`.
-
-    Raises:
-        RecipeError, ModelError, TokenizerError, TrainingError, ArtifactError, StorageError: see `miniplm.errors`.
-
-    """
-    from miniplm.scoring.proxy import identity  # these import torch
-    from miniplm.scoring.proxy_training import ProxyData
-    from miniplm.scoring.proxy_training import train_proxy as train
-
-    try:
-        resolved = ProxySettings.model_validate(settings)
-        counted = ScoreSettings(counted=counted).counted
-    except ValidationError as error:
-        raise _refused(error) from error
-    given = model if isinstance(model, GivenModel) else GivenModel(model=os.fspath(model))
-    inputs = {
-        "sample": sample.fingerprint,
-        "teacher": teacher.fingerprint,
-        "reference": reference.fingerprint,
-        "model": model_fingerprint(given),
-    }
-    whose_flops = None if teacher_model is None else _given(teacher_model)
-    if whose_flops is not None:
-        inputs["teacher_model"] = model_fingerprint(whose_flops)
-    data = ProxyData(sample, teacher, reference, given, whose_flops, counted)
-    return train(data, resolved, Path(out), identity(resolved, counted, inputs), compute)
 
 
 def select(
@@ -367,7 +253,7 @@ def select(
     try:
         named = SamplerSettings.model_validate(dict(settings))
     except ValidationError as error:
-        raise _refused(error) from error
+        raise refused(error) from error
     sampler = sampler_from(named)
     scores = {
         role: open_scores(Path(path))
@@ -410,32 +296,28 @@ def _score_settings(**settings: str) -> ScoreSettings:
     try:
         return ScoreSettings.model_validate(settings)
     except ValidationError as error:
-        raise _refused(error) from error
-
-
-def _given(model: AnyGivenModel) -> ScoredModel:
-    return model if isinstance(model, ScoredModel) else GivenModel(model=os.fspath(model))
+        raise refused(error) from error
 
 
 def _own_tokenizer(model: AnyModel, settings: ScoreSettings) -> str:
     """The fingerprint of a model's own tokenizer, if it is to be used and is not part of the model's."""
     if settings.tokenizer == "packed" or not isinstance(model, str | os.PathLike | ScoredModel):
         return ""
-    return tokenizer_fingerprint(_given(model))
+    return tokenizer_fingerprint(given_model(model))
 
 
 def _choice(normalize: str) -> Normalize:
     try:
         return SamplerSettings.model_validate({"sampler": "difference", "normalize": normalize}).normalize
     except ValidationError as error:
-        raise _refused(error) from error
+        raise refused(error) from error
 
 
 def _scorer(model: AnyModel, settings: ScoreSettings, compute: Compute) -> tuple[str, scoring.ScorerFactory]:
     from miniplm.scoring.load import load_scorer  # imports torch when it is called
 
     if isinstance(model, (str, os.PathLike)):
-        model = _given(model)
+        model = given_model(model)
     if isinstance(model, GivenModel) and _is_proxy(folder := Path(model.model).expanduser()):
         from miniplm.scoring.proxy import load_proxy, pool_settings
 
@@ -448,45 +330,9 @@ def _scorer(model: AnyModel, settings: ScoreSettings, compute: Compute) -> tuple
         return read_artifact(folder).fingerprint, partial(load_proxy, folder, settings.dtype, compute)
     if isinstance(model, ScoredModel):
         return model_fingerprint(model), partial(load_scorer, model, settings, compute)
-    fingerprint = getattr(model, "fingerprint", None)
-    if not isinstance(fingerprint, str):
-        raise ScoreError(
-            f"{type(model).__name__} does not say what it is.",
-            remedy="Give your scorer an attribute `fingerprint`: a string that changes when its scores would.",
-        )
     own = model
-    return hashlib.sha256(f"scorer\0{fingerprint}".encode()).hexdigest(), lambda: own
+    return own_fingerprint(own, "scorer"), lambda: own
 
 
 def _is_proxy(folder: Path) -> bool:
     return (folder / MANIFEST).is_file() and read_artifact(folder).identity.kind == "proxy"
-
-
-def _packed_behind(rows: datasets.Dataset) -> Packed | None:
-    """The packed part that a Dataset is a choice of rows of, told by where its files lie; None if of no such part."""
-    folders = {Path(file["filename"]).parent for file in rows.cache_files}
-    if len(folders) == 1 and ((folder := folders.pop()) / MANIFEST).is_file():
-        return open_packed(folder)
-    return None
-
-
-def _rows_fingerprint(rows: datasets.Dataset, packed: Packed | None) -> str:
-    """What a Dataset is: the packed part and the row numbers, or the fingerprint that `datasets` gives it.
-
-    Row numbers mean what they say only while the table under them is that of the whole part: slices are other tables.
-    """
-    whole = packed is not None and rows._data.num_rows == len(packed) and rows.features == packed.dataset.features
-    whole = whole and {Path(file["filename"]) for file in rows.cache_files} == set(packed.shards if packed else ())
-    if packed is None or rows._indices is None or not whole:
-        return str(rows._fingerprint)
-    numbers = rows._indices.column(0).to_numpy().astype(np.int64)
-    return hashlib.sha256(packed.fingerprint.encode() + numbers.tobytes()).hexdigest()
-
-
-def _refused(error: ValidationError) -> RecipeError:
-    first = error.errors()[0]
-    name = ".".join(str(step) for step in first["loc"]) or "the arguments"
-    return RecipeError(
-        f"{name} cannot be used.",
-        facts={"found": repr(first["input"])[:80], "because": first["msg"].removeprefix("Value error, ")},
-    )

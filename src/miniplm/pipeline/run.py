@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,8 @@ from miniplm.packing.prepare import counts_table
 from miniplm.pipeline.chain import Chain, Stage
 from miniplm.recipe import Recipe, TrainSettings
 from miniplm.scoring.base import throughput
+from miniplm.training import processes
+from miniplm.training.presets import preset
 
 RECIPE = "recipe.yaml"
 
@@ -53,6 +56,8 @@ def run(stages: Chain, only: str | None = None, say: Callable[[str], None] = lam
 
     `say` is told of each stage in a line. Returns the stages that were made.
 
+    Started by `torchrun` or `accelerate launch`, all processes train together, and the first does everything else.
+
     Raises:
         RecipeError: `only` names no stage.
         ArtifactMissingError: `only` names a stage whose inputs are not there.
@@ -60,7 +65,10 @@ def run(stages: Chain, only: str | None = None, say: Callable[[str], None] = lam
 
     """
     chosen = _chosen(stages, only)
-    write_recipe(stages.root, stages.recipe)
+    if processes.leads():
+        write_recipe(stages.root, stages.recipe)
+    else:
+        say = _say_nothing
     made = []
     for number, stage in enumerate(stages.values(), start=1):
         if stage.name not in chosen:
@@ -76,7 +84,10 @@ def run(stages: Chain, only: str | None = None, say: Callable[[str], None] = lam
                 )
         say(f"{place} ...")
         stage.path.parent.mkdir(parents=True, exist_ok=True)
-        stage.make()
+        if processes.leads() or stage.identity.kind == "model":
+            stage.make()
+        else:  # training is for all processes, everything else for the one that leads
+            processes.wait_until(partial(_is_done, stage))
         how = artifact.provenance(stage.path)
         say(f"{place}: {how.get('seconds', 0):,.1f} s{throughput(how)}, {stage.path}")
         made.append(stage)
@@ -105,20 +116,20 @@ def _chosen(stages: Chain, only: str | None) -> set[str]:
 
 def _progress_of(stages: Chain, stage: Stage) -> str:
     """What the unfinished folder of a stage shows."""
-    partial = artifact.partial_path(stage.path)
+    folder = artifact.partial_path(stage.path)
     kind = stage.identity.kind
     if kind in {"scores", "evaluation"}:
         part = stages["prepare"].path / ("pool" if kind == "scores" else "held_out")
         if "proxy/sample" in stage.needs:
             part = stages["proxy/sample"].path
         state = json.loads((part / "state.json").read_bytes())
-        return f"{len(list(partial.glob('part-*.parquet')))} of {len(state['_data_files'])} shards"
+        return f"{len(list(folder.glob('part-*.parquet')))} of {len(state['_data_files'])} shards"
     if kind == "packed":
-        return f"{len(list(partial.glob('part-*.arrow')))} shards"
+        return f"{len(list(folder.glob('part-*.arrow')))} shards"
     if kind == "corpus":
-        return f"{len(list((partial / 'blocks').glob('*.parquet')))} blocks"
+        return f"{len(list((folder / 'blocks').glob('*.parquet')))} blocks"
     if kind == "model":
-        steps = [int(p.parent.name.split("-")[1]) for p in partial.glob("state/checkpoint-*/complete")]
+        steps = [int(p.parent.name.split("-")[1]) for p in folder.glob("state/checkpoint-*/complete")]
         return f"{max(steps, default=0):,} of {_steps(stages, stage)} steps"
     return ""
 
@@ -128,9 +139,17 @@ def _steps(stages: Chain, stage: Stage) -> str:
     role = stage.name.split("/")[1]
     recipe = stages.recipe
     settings = recipe.students.get(role) if stage.name.startswith("students/") else getattr(recipe, role)
-    from miniplm.training.presets import preset
-
     assert isinstance(settings, TrainSettings)
+    if settings.tokens is None or settings.match is not None:
+        return "?"
     batch = settings.batch_tokens or (preset(settings.preset).batch_tokens if settings.preset else 0)
     length = recipe.prepare.sequence_length
     return f"{settings.tokens // (batch // length * length):,}" if batch >= length else "?"
+
+
+def _is_done(stage: Stage) -> bool:
+    return artifact.finished(stage.path, stage.identity) is not None
+
+
+def _say_nothing(_: str) -> None:
+    """What processes that do not lead say."""

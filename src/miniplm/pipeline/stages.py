@@ -7,45 +7,120 @@ last.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from miniplm.artifact import Identity, Manifest
 from miniplm.evaluation.evaluate import Evaluation, evaluate
 from miniplm.packing.instances import Packed, open_packed
+from miniplm.packing.repack import retokenize
 from miniplm.packing.sample import sample
+from miniplm.packing.tokenizer import Tokenizer
 from miniplm.pipeline.engines import engine_of
-from miniplm.recipe import Compute, Counted, GivenModel, ProxySettings, ScoredModel, ScoreSettings, TrainSettings
+from miniplm.recipe import (
+    Compute,
+    Counted,
+    GenerateSettings,
+    GivenModel,
+    ProxySettings,
+    RetokenizeSettings,
+    ScoredModel,
+    ScoreSettings,
+    TrainSettings,
+)
 from miniplm.sampling.base import Pool, Sampler, open_selection, save
 from miniplm.scoring.base import Scores, open_scores
 from miniplm.scoring.load import load_scorer
 from miniplm.scoring.proxy import Proxy, load_proxy
 from miniplm.scoring.proxy_training import ProxyData, train_proxy
 from miniplm.scoring.score import score
-from miniplm.training.trainer import Checkpoint, TrainingData, train
+from miniplm.training.checkpoint import Checkpoint
+from miniplm.training.sequence_kd import generate
+from miniplm.training.trainer import TrainingData, train
 
 OpenPacked = Callable[[], Packed]
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a packed part: `numbers`, or all."""
+
+    packed: Packed
+    numbers: NDArray[np.int64] | None = None
+
+
+OpenRows = Callable[[], Rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What a model is trained on, to be opened; `open_held_out` gives it a loss curve, `about` is for its card."""
+
+    open: OpenRows
+    open_held_out: OpenPacked | None
+    counted: Counted
+    about: Mapping[str, str]
+
+
+def open_whole(open_packed: OpenPacked) -> Rows:
+    """All of a part."""
+    return Rows(open_packed())
+
+
+def open_selected(open_packed: OpenPacked, selection: Path) -> Rows:
+    """The rows of a part that a selection kept."""
+    return Rows(open_packed(), open_selection(selection).rows)
+
+
+def open_made(path: Path) -> Rows:
+    """All of what was generated, or packed anew."""
+    return Rows(open_packed(path))
+
+
 def train_model(
     settings: TrainSettings,
-    open_packed: OpenPacked,
-    rows: Path | None,
-    open_held_out: OpenPacked | None,
-    counted: Counted,
+    material: Material,
+    teacher: GivenModel | None,
     compute: Compute,
     out: Path,
     what: Identity,
 ) -> Checkpoint:
-    """Train a model on a packed part, or on the selection `rows` of it; `open_held_out` gives it a loss curve."""
-    packed = open_packed()
+    """Train a model, with the teacher that its objective asks."""
+    rows = material.open()
+    packed = rows.packed
     data = TrainingData(
-        rows=packed.dataset if rows is None else packed.select(open_selection(rows).rows),
+        rows=packed.dataset if rows.numbers is None else packed.select(rows.numbers),
         tokenizer=packed.tokenizer,
-        held_out=None if open_held_out is None else open_held_out().dataset,
-        counted=counted,
+        held_out=None if material.open_held_out is None else material.open_held_out().dataset,
+        counted=material.counted,
+        about=material.about,
     )
-    return train(settings, data, out, what, compute)
+    return train(settings, data, out, what, compute, teacher=teacher)
+
+
+def generate_rows(
+    open_prompts: OpenRows, teacher: GivenModel, settings: GenerateSettings, compute: Compute, out: Path, what: Identity
+) -> Packed:
+    """Have the teacher rewrite the end of each instance (SeqKD)."""
+    prompts = open_prompts()
+    return generate(prompts.packed, prompts.numbers, teacher, settings, out, what, compute, engine_of(compute))
+
+
+def retokenize_rows(
+    open_rows: OpenRows,
+    tokenizer: Tokenizer,
+    settings: RetokenizeSettings,
+    compute: Compute,
+    out: Path,
+    what: Identity,
+) -> Packed:
+    """Pack the text of rows again under another tokenizer."""
+    rows = open_rows()
+    return retokenize(rows.packed, rows.numbers, tokenizer, settings, out, what, engine_of(compute, model=False))
 
 
 def score_part(open_packed: OpenPacked, model: ScoredModel, compute: Compute, out: Path, what: Identity) -> Scores:

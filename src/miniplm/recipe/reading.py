@@ -14,8 +14,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from miniplm.errors import RecipeError
+from miniplm.recipe.base import At, nearest
 from miniplm.recipe.dialect import Loader
-from miniplm.recipe.settings import At, Recipe, StudentSettings, model_kind, nearest
+from miniplm.recipe.settings import Recipe
+from miniplm.recipe.training import StudentSettings, model_kind
 
 
 def load(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:

@@ -6,35 +6,25 @@ Not covered: whether files, models and tokenizers exist; the stages find that ou
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from miniplm.recipe.base import At, Counted, Documents, Name, Precision, Ratio, Settings, Share, did_you_mean
 from miniplm.recipe.dialect import Dumper
-
-Ratio = Annotated[float, Field(gt=0, le=1)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
-Counted = Literal["all", "skip_after_separator"]
-Documents = Literal["attend", "isolate"]
-Precision = Literal["float32", "bfloat16", "float16"]
-
-
-class At(ValueError):  # noqa: N818 (it never leaves this folder)
-    """A complaint about the setting at `path`, relative to the model whose validator raises it."""
-
-    def __init__(self, path: tuple[str, ...], message: str) -> None:
-        super().__init__(message)
-        self.path = path
-
-
-class Settings(BaseModel):
-    """The base of all settings: frozen, and strict about names."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+from miniplm.recipe.training import (
+    AnyModel,
+    GenerateSettings,
+    GivenModel,
+    RetokenizeSettings,
+    ServerModel,
+    StudentSettings,
+    TokenizerSettings,
+    TrainSettings,
+    VllmModel,
+)
 
 
 class Columns(Settings):
@@ -72,28 +62,6 @@ class CorpusSettings(Settings):
         return self
 
 
-class TokenizerTraining(Settings):
-    """A byte-level BPE trained on the corpus's own documents (the held-out ones excepted)."""
-
-    vocab_size: int = Field(gt=257, description="256 bytes, the separator, and merges")
-    sample_bytes: int = Field(20_000_000, gt=0, description="text it is trained on, drawn evenly from all files")
-
-
-class TokenizerSettings(Settings):
-    """A fast tokenizer by name or folder, or one trained here."""
-
-    name: str | None = Field(None, description="Hub id or folder")
-    revision: str | None = None
-    separator: str | None = Field(None, description="the token between documents; None: the tokenizer's end of text")
-    train: TokenizerTraining | None = None
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Self:
-        if (self.name is None) == (self.train is None):
-            raise ValueError("exactly one of name, train is needed")
-        return self
-
-
 class Split(Settings):
     """Shares of the documents, by a hash of their id and `seed`; what is left is the pool."""
 
@@ -122,80 +90,6 @@ class PrepareSettings(Settings):
     @classmethod
     def _bare_name(cls, value: object) -> object:
         return {"name": value} if isinstance(value, str) else value
-
-
-class GivenModel(Settings):
-    """A trained model: a Hub id or a folder."""
-
-    model: str
-    revision: str | None = None
-    trust_remote_code: bool = False
-
-
-class ServerModel(Settings):
-    """A trained model behind an OpenAI-compatible server that tells the log-probabilities of a prompt.
-
-    What it is, is its name and `revision`: nobody can hash weights that are elsewhere. The URL is not part of it.
-    """
-
-    server: str = Field(pattern=r"^https?://", description="base URL, with /v1: http://localhost:8000/v1")
-    model: str = Field(description="as the server calls it")
-    revision: str = Field("", description="whatever tells one state of the served weights from another")
-    dialect: Literal["auto", "vllm", "echo"] = Field("auto", description="`prompt_logprobs`, or `echo` with `logprobs`")
-    send: Literal["ids", "text"] = Field(
-        "ids", description="the prompt as token ids; `text`, which needs `tokenizer`, where a server takes no ids"
-    )
-    tokenizer: str | None = Field(None, description="its tokenizer: folder or Hub id; needed for `tokenizer: own`")
-    key_env: str = Field(
-        "MINIPLM_SERVER_KEY", description="the environment variable that holds the key, if one is needed"
-    )
-
-
-class VllmModel(Settings):
-    """A trained model, scored by vLLM's offline engine instead of transformers."""
-
-    vllm: str = Field(description="Hub id or folder")
-    revision: str | None = None
-    trust_remote_code: bool = False
-
-
-ScoredModel = GivenModel | ServerModel | VllmModel
-
-
-class TrainSettings(Settings):
-    """A model trained from scratch. What is None comes from the preset.
-
-    Optimiser and schedule are the paper's (section 3): AdamW(0.9, 0.98), weight decay 0.1, linear warm-up (2K of 100K
-    steps), cosine to a tenth, clip 1.0.
-    """
-
-    preset: str | None = None
-    config: dict[str, Any] | None = Field(None, description="any `transformers` config, `model_type` included")
-    tokens: int = Field(gt=0, description="predicted tokens seen in training, rounded down to whole batches")
-    batch_tokens: int | None = Field(None, gt=0)
-    learning_rate: float | None = Field(None, gt=0)
-    min_lr_ratio: float = Field(0.1, ge=0, le=1)
-    warmup_ratio: float = Field(0.02, ge=0, lt=1)
-    weight_decay: float = Field(0.1, ge=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.98, ge=0, lt=1)
-    epsilon: float = Field(1e-6, gt=0)
-    clip: float = Field(1.0, gt=0)
-    precision: Precision = "bfloat16"
-    seed: int = Field(0, ge=0, le=2**32 - 1)
-    trainer: dict[str, Any] = Field({}, description="passed to transformers.TrainingArguments as it is")
-
-    @model_validator(mode="after")
-    def _one_architecture(self) -> Self:
-        if (self.preset is None) == (self.config is None):
-            raise ValueError("exactly one of preset, config is needed")
-        return self
-
-
-class StudentSettings(TrainSettings):
-    """A student: a model and the selection that it is trained on (`pool`: all of the pool)."""
-
-    data: str
 
 
 class ScoreSettings(Settings):
@@ -281,31 +175,17 @@ class Compute(Settings):
     score_tokens: int | None = Field(
         None, gt=0, description="tokens per forward pass, padding included; None: what suits the device"
     )
+    generate_batch: int = Field(16, gt=0, description="instances that a teacher continues at a time")
     server_concurrency: int = Field(16, gt=0, description="requests to a server at a time")
     train_micro_batch: int = Field(16, gt=0, description="instances per forward and backward pass, per device")
     compile: bool | Literal["auto"] = "auto"
     checkpoints: int = Field(10, gt=0, description="times a training run saves its state, for resuming")
+    activation_checkpointing: bool = Field(False, description="compute activations twice instead of keeping them")
+    report_to: str | list[str] = Field("tensorboard", description="tensorboard, wandb, trackio, ...; none: nobody")
+    stop_at_spike: float | None = Field(
+        3.0, gt=0, description="nats above the median of the last 100 steps at which a training stops; None: never"
+    )
     trainer: dict[str, Any] = Field({}, description="passed to transformers.TrainingArguments as it is")
-
-
-_BY_KEY: Mapping[str, type[Settings]] = {"server": ServerModel, "vllm": VllmModel, "model": GivenModel}
-
-
-def model_kind(value: object) -> str:
-    """The class that a model's settings are of, told by their keys; class names are no keys of a recipe."""
-    if isinstance(value, Settings):
-        return type(value).__name__
-    keys = value if isinstance(value, Mapping) else ()
-    return next((kind.__name__ for key, kind in _BY_KEY.items() if key in keys), TrainSettings.__name__)
-
-
-AnyModel = Annotated[
-    Annotated[GivenModel, Tag("GivenModel")]
-    | Annotated[ServerModel, Tag("ServerModel")]
-    | Annotated[VllmModel, Tag("VllmModel")]
-    | Annotated[TrainSettings, Tag("TrainSettings")],
-    Discriminator(model_kind),
-]
 
 
 class Recipe(Settings):
@@ -320,7 +200,9 @@ class Recipe(Settings):
     score: ScoreSettings = ScoreSettings()
     proxy: ProxySettings | None = Field(None, description="None: teacher and reference score the whole pool")
     select: dict[Name, SamplerSettings]
-    students: dict[Name, StudentSettings] = {}
+    generate: dict[Name, GenerateSettings] = Field({})
+    retokenize: dict[Name, RetokenizeSettings] = Field({})
+    students: dict[Name, StudentSettings] = Field({})
     evaluate: EvaluateSettings = EvaluateSettings()
     compute: Compute = Compute()
 
@@ -337,11 +219,22 @@ class Recipe(Settings):
     def _names_exist(self) -> Self:
         for role in {"teacher", "reference"} & self.students.keys():
             raise At(("students", role), "a student cannot have the name of a role; call it something else")
-        if "pool" in self.select:
-            raise At(("select", "pool"), "`pool` stands for all of the pool; call the selection something else")
-        for name, student in self.students.items():
-            if student.data not in (valid := ["pool", *self.select]):
-                raise At(("students", name, "data"), did_you_mean(student.data, valid))
+        valid = ["pool"]
+        for section, entries in (
+            ("select", self.select),
+            ("generate", self.generate),
+            ("retokenize", self.retokenize),
+            ("students", self.students),
+        ):
+            for name, entry in entries.items():
+                data = getattr(entry, "data", "pool")
+                if data not in valid:
+                    raise At((section, name, "data"), did_you_mean(data, valid))
+                if section != "students" and name in valid:
+                    taken = "`pool` stands for all of the pool" if name == "pool" else "there is data of this name"
+                    raise At((section, name), f"{taken}; call it something else")
+            if section != "students":
+                valid += entries
         if isinstance(self.teacher, TrainSettings) and not self.prepare.split.teacher:
             raise At(("prepare", "split"), "the teacher is trained here, but `teacher` leaves it no documents")
         if isinstance(self.reference, TrainSettings) and not self.prepare.split.reference:
@@ -357,6 +250,26 @@ class Recipe(Settings):
             raise At(("score", "quantize"), "the teacher is not run by transformers, so it cannot be quantised here")
         if self.evaluate.held_out and not self.prepare.split.held_out:
             raise At(("prepare", "split"), "evaluate.held_out is on, but `held_out` leaves no documents")
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_can_be_asked(self) -> Self:
+        askers: list[tuple[str, ...]] = [("generate", name) for name in self.generate]
+        askers += [("students", name, "objective") for name, s in self.students.items() if s.needs_teacher]
+        for path in askers:
+            if isinstance(self.teacher, ServerModel | VllmModel):
+                raise At(path, "the teacher has to be at hand as a model that transformers runs, not behind a server")
+        for name, student in self.students.items():
+            if student.needs_teacher and student.data in self.retokenize:
+                raise At(
+                    ("students", name, "objective"),
+                    "teacher and student would read different tokens; across tokenizers only data can be distilled "
+                    "(select, generate)",
+                )
+        for role in ("teacher", "reference"):
+            model = getattr(self, role)
+            if isinstance(model, TrainSettings) and model.needs_teacher:
+                raise At((role, "objective"), "it is trained before there is a teacher; only students have one")
         return self
 
     @model_validator(mode="after")
@@ -387,6 +300,9 @@ class Recipe(Settings):
         return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
+_ONE_OF = ({"preset", "config", "from"}, {"tokens", "epochs"})  # of each group a student says one
+
+
 def _with_like(students: Mapping[str, Any], name: str, seen: tuple[str, ...]) -> Any:
     own = students[name]
     if not isinstance(own, dict) or "like" not in own:
@@ -397,16 +313,8 @@ def _with_like(students: Mapping[str, Any], name: str, seen: tuple[str, ...]) ->
     if other in seen or other == name:
         raise At(("students", name, "like"), f"it goes round in a circle: {' -> '.join((*seen, name, other))}")
     inherited = _with_like(students, other, (*seen, name))
-    return {**inherited, **{k: v for k, v in own.items() if k != "like"}} if isinstance(inherited, dict) else own
-
-
-def did_you_mean(word: str, valid: Iterable[str]) -> str:
-    """What was expected in place of a word, and the nearest of it."""
-    names = sorted(valid)
-    return " ".join(filter(None, [f"expected one of: {', '.join(names)}.", nearest(word, names)]))
-
-
-def nearest(word: str, valid: Iterable[str]) -> str:
-    """The valid name that a word was probably meant to be, as a question; "" if none is near."""
-    close = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
-    return f"Did you mean `{close[0]}`?" if close else ""
+    if not isinstance(inherited, dict):
+        return own
+    replaced = {key for group in _ONE_OF for key in group if own.keys() & group}
+    kept = {key: value for key, value in inherited.items() if key not in replaced}
+    return {**kept, **{key: value for key, value in own.items() if key != "like"}}

@@ -28,7 +28,7 @@ from miniplm.sampling.base import open_selection
 from miniplm.sampling.difference import differences
 from miniplm.scoring.base import Normalize, Scores, open_scores
 from miniplm.scoring.proxy import FIGURES, HELD_OUT
-from miniplm.training.trainer import read_curve
+from miniplm.training.checkpoint import read_curve
 
 HISTOGRAM_BINS = 80
 EXAMPLES = 3

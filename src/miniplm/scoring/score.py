@@ -23,7 +23,7 @@ from miniplm.artifact import Identity, Workspace
 from miniplm.engine.base import Advance, Engine
 from miniplm.engine.local import LocalEngine
 from miniplm.errors import ScoreError
-from miniplm.packing.instances import Instances, Packed, read_shard
+from miniplm.packing.instances import Instances, Packed, read_shard, shard_rows
 from miniplm.progress import progress
 from miniplm.recipe import Compute, ScoreSettings
 from miniplm.scoring.base import Scorer, Scores, open_scores
@@ -88,7 +88,7 @@ def score_shards(
     """Score the shards that the workspace does not have yet, one Parquet file each; return the counts of all."""
     work.provenance["packed"] = str(packed.path.absolute())  # where it lay, for `show`; not what it is
     shards = packed.shards
-    rows = [_rows(shard) for shard in shards]
+    rows = [shard_rows(shard) for shard in shards]
     first_rows = np.concatenate([[0], np.cumsum(rows)])
     tasks = [_Task(n, shard, int(first_rows[n])) for n, shard in enumerate(shards)]
     done = [task for task in tasks if work.has(_name(task.number))]
@@ -239,8 +239,3 @@ def _name(number: int) -> str:
 
 def _journal(number: int) -> str:
     return f"part-{number:05d}.journal"
-
-
-def _rows(shard: Path) -> int:
-    with pa.memory_map(str(shard)) as file, pa.ipc.open_stream(file) as reader:
-        return sum(batch.num_rows for batch in reader)

@@ -22,11 +22,11 @@ from miniplm.training.objectives import Batch
 if TYPE_CHECKING:
     import datasets
 
-Item = tuple[NDArray[Any], int]
+Item = tuple[NDArray[Any], int, int]
 
 
 class TrainingOrder(Dataset[Item]):
-    """Item i is the i-th instance of training: (`input_ids [T+1]`, length)."""
+    """Item i is the i-th instance of training: (`input_ids [T+1]`, length, i)."""
 
     def __init__(self, rows: datasets.Dataset, instances: int, seed: int) -> None:
         self.rows = rows.with_format("numpy")
@@ -51,7 +51,7 @@ class TrainingOrder(Dataset[Item]):
 
     def __getitems__(self, positions: Sequence[int]) -> list[Item]:
         """Several items at once; the DataLoader asks for a batch in this way."""
-        return _items(self.rows, [self.row(p) for p in positions])
+        return _items(self.rows, [self.row(p) for p in positions], positions)
 
 
 class InOrder(Dataset[Item]):
@@ -68,7 +68,7 @@ class InOrder(Dataset[Item]):
 
     def __getitems__(self, positions: Sequence[int]) -> list[Item]:
         """Several items at once."""
-        return _items(self.rows, list(positions))
+        return _items(self.rows, list(positions), positions)
 
 
 class Collator:
@@ -78,8 +78,8 @@ class Collator:
         self.separator, self.rule = separator, rule
 
     def __call__(self, items: Sequence[Item]) -> Batch:
-        ids = np.stack([ids for ids, _ in items]).astype(np.int64)
-        mask = counted(ids, [length for _, length in items], self.separator, self.rule)
+        ids = np.stack([ids for ids, _, _ in items]).astype(np.int64)
+        mask = counted(ids, [length for _, length, _ in items], self.separator, self.rule)
         weights = None
         if not mask.all():
             per_instance = mask / np.maximum(mask.sum(axis=1, keepdims=True), 1)
@@ -88,11 +88,12 @@ class Collator:
             input_ids=torch.from_numpy(np.ascontiguousarray(ids[:, :-1])),
             targets=torch.from_numpy(np.ascontiguousarray(ids[:, 1:])),
             weights=weights,
+            positions=torch.tensor([position for _, _, position in items]),
         )
 
 
-def _items(rows: datasets.Dataset, positions: list[int]) -> list[Item]:
-    batch = rows[positions]
+def _items(rows: datasets.Dataset, numbers: list[int], positions: Sequence[int]) -> list[Item]:
+    batch = rows[numbers]
     ids = np.asarray(batch["input_ids"])
     lengths = batch["length"] if "length" in batch else [ids.shape[1]] * len(ids)
-    return [(row, int(length)) for row, length in zip(ids, lengths, strict=True)]
+    return [(row, int(length), place) for row, length, place in zip(ids, lengths, positions, strict=True)]

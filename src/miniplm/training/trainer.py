@@ -1,21 +1,20 @@
-"""The stage `train`: a causal language model from scratch, on packed instances, by the Hugging Face Trainer.
+"""The stage `train`: a causal language model on packed instances, by the Hugging Face Trainer.
 
-In: `TrainSettings`, rows, a tokenizer. Out: a `save_pretrained` folder: config, safetensors, tokenizer, model card, and
-`training.jsonl` (loss, learning rate, gradient norm and, where held-out instances are given, their loss, against
-tokens).
+In: `TrainSettings`, rows, a tokenizer, and a teacher where the objective asks one. Out: a `save_pretrained` folder:
+config, safetensors, tokenizer, model card, and `training.jsonl` (losses, learning rate, gradient norm against tokens
+and operations); models kept along the way in `checkpoints/`. TensorBoard's events go to `logs/` beside the folder.
 
-Promised: what is seen at each step depends on the data, the seed and the settings alone; killed and begun again,
-training ends with the weights of an undisturbed run (bit-equal on CPU). The logits of a batch are never held whole.
-Optimiser state lies in `state/` of the unfinished folder and is gone when the model is finished.
+Promised: what is seen at each step depends on the data, the seed and the settings alone, not on how many processes see
+it; killed and begun again, training ends with the weights of an undisturbed run (bit-equal on CPU, with as many
+processes). The logits of a batch are never held whole. Optimiser state lies in `state/` of the unfinished folder and is
+gone when the model is finished.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,52 +22,39 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import SequentialSampler
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
 from miniplm import artifact
 from miniplm.artifact import Identity, Workspace
 from miniplm.errors import RecipeError, TrainingError
-from miniplm.models.flops import training_flops
+from miniplm.models.flops import forward_flops, matmul_rate
 from miniplm.models.head import check_head
-from miniplm.models.load import check_length, choose_device, new_model
+from miniplm.models.load import check_length, check_reads, choose_device, load_model, new_model
 from miniplm.packing.tokenizer import Tokenizer
-from miniplm.progress import Meter, progress
-from miniplm.recipe import Compute, Counted, TrainSettings
+from miniplm.progress import progress
+from miniplm.recipe import Compute, Counted, GivenModel, TrainSettings
+from miniplm.training import processes
+from miniplm.training.arguments import arguments, autocast_dtype
+from miniplm.training.callbacks import CompleteCheckpoints, KeptModels, ShownProgress, Stopwatch, last_checkpoint
+from miniplm.training.checkpoint import KEPT, Checkpoint, Point, card, curve_lines, save_tokenizer, write_model
 from miniplm.training.data import Collator, InOrder, TrainingOrder
+from miniplm.training.guard import Guard, suspects
+from miniplm.training.matching import matched_share, passes
+from miniplm.training.named import load_teacher, objective_from
 from miniplm.training.objectives import Batch, NextToken, Objective
+from miniplm.training.plan import Plan
 from miniplm.training.presets import resolve
 
 if TYPE_CHECKING:
     import datasets
 
-VERSION = 1
-CURVE = "training.jsonl"
-CURVE_POINTS = 20  # of a loss curve
+VERSION = 2
 CURVE_INSTANCES = 64  # held-out instances whose loss is measured at each point
 _STATE = "state"
-_COMPLETE = "complete"
-_HOW = (
-    "dataloader_",
-    "ddp_",
-    "fsdp",
-    "deepspeed",
-    "gradient_checkpointing",
-    "report_to",
-    "run_name",
-    "tf32",
-    "log_level",
-)
-_CURVE_NAMES = {"loss": "train_loss", "eval_loss": "held_out_loss"}
+_POINT_NAMES = {"loss": "train_loss", "eval_loss": "held_out_loss"}
+_NO_POINT = {"epoch", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"}
 _COMPILE_FROM_FLOPS = 1e15  # on CPU compiling saves 6 to 20 % and costs 15 s a model; measured, NOTES.md
 
 
@@ -81,6 +67,7 @@ class TrainingData:
         tokenizer: that made them; a copy goes into the model's folder.
         held_out: instances for the loss curve, or None.
         counted: the rule for which targets count.
+        about: what the model card says of the data and how it was chosen: name -> value.
 
     """
 
@@ -88,6 +75,7 @@ class TrainingData:
     tokenizer: Tokenizer
     held_out: datasets.Dataset | None = None
     counted: Counted = "all"
+    about: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def sequence_length(self) -> int:
@@ -107,28 +95,12 @@ def identity(settings: TrainSettings, counted: Counted, inputs: Mapping[str, str
     Args:
         settings: of the training.
         counted: the rule for which targets count.
-        inputs: fingerprints of `data` and, where there is one, `held_out`; those of packed rows stand for the tokenizer
-            too.
+        inputs: fingerprints of `data` and, where there is one, `held_out`, `teacher` and `from`; those of packed rows
+            stand for the tokenizer too.
 
     """
-    recipe = settings.model_dump(mode="json", exclude={"data"})
+    recipe = settings.model_dump(mode="json", exclude={"data", "start", "license"})
     return Identity("model", VERSION, {**recipe, "counted": counted}, inputs)
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A trained model on disk; `transformers` takes it where it takes a folder."""
-
-    path: Path
-    manifest: artifact.Manifest
-
-    def __fspath__(self) -> str:
-        return str(self.path)
-
-    @property
-    def fingerprint(self) -> str:
-        """Of what it was trained on and how."""
-        return self.manifest.fingerprint
 
 
 def train(
@@ -137,131 +109,210 @@ def train(
     out: Path,
     what: Identity,
     compute: Compute | None = None,
+    *,
+    teacher: GivenModel | None = None,
     objective: Objective | None = None,
 ) -> Checkpoint:
-    """Train a model from scratch into the artifact at `out`.
+    """Train a model into the artifact at `out`; started by torchrun or accelerate, in all its processes together.
+
+    Args:
+        settings: of the training.
+        data: what it is trained and measured on.
+        out: folder of the model.
+        what: from `identity`.
+        compute: how.
+        teacher: that the objective asks, if it asks one.
+        objective: instead of the one that the settings name.
 
     Raises:
         RecipeError: the settings do not fit the data or `TrainingArguments`.
         ModelError: the tokenizer's vocabulary exceeds the model's, or its head is not linear.
-        TrainingError: the loss is not finite.
+        TokenizerError: the teacher, or the model to go on from, has another tokenizer.
+        TrainingError: the loss spikes or is not finite.
 
     """
+    compute = compute or Compute()
+    processes.join(choose_device(compute.device))
+    begun = False
 
     def work(workspace: Workspace) -> Mapping[str, Any]:
-        return _train(workspace, settings, data, compute or Compute(), objective or NextToken())
+        nonlocal begun
+        begun = True
+        processes.hear_leader("begin")
+        return _train(workspace, settings, data, compute, teacher, objective)
 
-    return Checkpoint(out, artifact.make(out, what, work))
-
-
-def read_curve(model: Path) -> list[dict[str, Any]]:
-    """The loss curve of a trained model: rows of `step`, `tokens`, `train_loss`, `held_out_loss`, `learning_rate`."""
-    return [json.loads(line) for line in (model / CURVE).read_text().splitlines()]
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """The arithmetic of a run: what happens how often."""
-
-    steps: int
-    batch_instances: int
-    batch_tokens: int
-    interval_steps: int  # between points of the curve
-    checkpoint_steps: int  # a multiple of the interval, so that a point's average never spans a resume
-
-    @classmethod
-    def of(cls, settings: TrainSettings, sequence_length: int, compute: Compute) -> _Plan:
-        assert settings.batch_tokens is not None
-        instances = settings.batch_tokens // sequence_length
-        if instances == 0:
-            raise RecipeError(
-                "a batch is smaller than one instance.",
-                facts={"batch_tokens": f"{settings.batch_tokens:,}", "sequence_length": f"{sequence_length:,}"},
-            )
-        steps = settings.tokens // (instances * sequence_length)
-        if steps == 0:
-            raise RecipeError(
-                "the training is shorter than one batch.",
-                facts={"tokens": f"{settings.tokens:,}", "tokens of a batch": f"{instances * sequence_length:,}"},
-                remedy="Raise `tokens`, or lower `batch_tokens`.",
-            )
-        interval = max(1, steps // CURVE_POINTS)
-        checkpoint = -(-steps // compute.checkpoints)
-        return cls(steps, instances, instances * sequence_length, interval, -(-checkpoint // interval) * interval)
+    if processes.leads():
+        try:
+            artifact.make(out, what, work)
+        finally:
+            if not begun:
+                processes.hear_leader("there is nothing to do")
+    elif processes.hear_leader("") == "begin":
+        _train(Workspace(artifact.partial_path(out)), settings, data, compute, teacher, objective)
+    processes.meet()
+    return Checkpoint(out, artifact.read(out))
 
 
 def _train(
-    work: Workspace, settings: TrainSettings, data: TrainingData, compute: Compute, objective: Objective
+    work: Workspace,
+    settings: TrainSettings,
+    data: TrainingData,
+    compute: Compute,
+    given_teacher: GivenModel | None,
+    own: Objective | None,
 ) -> Mapping[str, Any]:
-    resolved = resolve(settings, data.tokenizer.vocab_size, data.tokenizer.separator)
-    assert resolved.config is not None
-    plan = _Plan.of(resolved, data.sequence_length, compute)
-    check_length(resolved.config, data.sequence_length)
     transformers_logging.disable_progress_bar()  # ours is enough
     transformers_logging.set_verbosity_error()  # the Trainer remarks on our short runs
-    model = new_model(resolved.config, resolved.seed)
-    check_head(model)
-    arguments = _arguments(resolved, plan, compute, work.path / _STATE, data.held_out is not None)
-    if _compiles(compute, model, data, plan, arguments):
-        model.base_model.compile()
-    with progress(f"train {work.path.name.removesuffix('.partial')}", plan.steps * plan.batch_tokens, "tok") as meter:
-        trainer = _Trainer(model, arguments, data, plan, settings.seed, objective, meter)
-        resume = _last_checkpoint(work.path / _STATE)
+    if settings.start is None:
+        resolved = resolve(settings, data.tokenizer.vocab_size, data.tokenizer.separator)
+    else:
+        resolved = _as_before(settings, settings.start)
+    length, vocabulary = data.sequence_length, data.tokenizer.vocab_size
+    model = _model(resolved, data)
+    teacher = load_teacher(settings, given_teacher, data.tokenizer, length, compute)
+    objective = own or objective_from(settings, teacher, vocabulary=vocabulary, sequence_length=length)
+    cost = _Cost.of(settings, model, teacher, length)
+    plan = Plan.of(resolved, len(data.rows), length, compute, cost.share)
+    state = work.path / _STATE
+    name = work.path.name.removesuffix(".partial")
+    how = arguments(resolved, plan, compute, state, work.path.parent / "logs" / name)
+    if _compiles(compute, plan, cost, how):
+        for compiled in (model, teacher):
+            if compiled is not None:
+                compiled.base_model.compile()
+    parameters = model.num_parameters()
+    resume, before = processes.hear_leader(last_checkpoint(state) if processes.leads() else (None, 0.0))
+    watch = Stopwatch(before)
+    peak = matmul_rate(how.device, autocast_dtype(resolved)) * processes.count()
+    with progress(f"train {name}", plan.steps * plan.batch_tokens, "tok") as meter:
+        shown = ShownProgress(meter, plan, cost.per_token, peak, watch)
+        trainer = _Trainer(model, how, data, plan, settings.seed, objective, cost.per_token)
+        trainer.watch_over(compute.stop_at_spike)
+        for callback in (CompleteCheckpoints(watch), shown, KeptModels(plan, lambda step: trainer.keep(work, step))):
+            trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    if not all(torch.isfinite(weight).all() for weight in model.parameters()):
+    weights = trainer.weights()
+    if not processes.leads():
+        return {}
+    if not all(torch.isfinite(weight).all() for weight in weights.values() if weight.is_floating_point()):
         raise TrainingError(
             f"the weights are no numbers after the last of {plan.steps:,} steps.",
             remedy="Lower the learning rate, or train in float32 (`precision: float32`).",
         )
+    curve = _curve(trainer.state.log_history)
     tokens = plan.steps * plan.batch_tokens
-    curve = _curve(trainer.state.log_history, plan)
     counts = {
-        "parameters": model.num_parameters(),
+        "parameters": parameters,
         "train_tokens": tokens,
         "steps": plan.steps,
         "batch_tokens": plan.batch_tokens,
+        "learning_rate": resolved.learning_rate,
         "instances": len(data.rows),
         "epochs": round(plan.steps * plan.batch_instances / len(data.rows), 4),
-        "train_flops": training_flops(model, data.sequence_length, tokens),
+        "train_flops": cost.per_token * tokens,
+        "matched_share": cost.share,
         "model_type": model.config.model_type,
         "vocab_size": model.config.get_text_config().vocab_size,
         "final_train_loss": curve[-1]["train_loss"],
     }
-    _save(work, model, data, curve, counts)
+    about = {"objective": settings.objective.name, **data.about}
+    extra = {"README.md": card(counts, about, settings.license, curve[-1]), "training.jsonl": curve_lines(curve)}
+    write_model(work, state / "final", trainer.plain_model, weights, data.tokenizer, extra)
     work.remove(_STATE)
-    work.provenance |= {"device": str(arguments.device), "micro_batch": arguments.per_device_train_batch_size}
+    work.provenance |= {
+        "device": str(how.device),
+        "processes": processes.count(),
+        "micro_batch": how.per_device_train_batch_size,
+        "train_seconds": round(watch.total, 3),
+        "tokens_per_s": round(shown.tokens / max(watch.now, 1e-9)),
+        "flops_per_s": round(shown.flops_per_s),
+        "share_of_matmul_rate": round(shown.share, 4),
+    }
     return counts
 
 
+def _as_before(settings: TrainSettings, start: GivenModel) -> TrainSettings:
+    """The settings with what is not given taken from the training of the model to go on from, if it is one of ours."""
+    folder = Path(start.model).expanduser()
+    known = artifact.read(folder).counts if (folder / artifact.MANIFEST).is_file() else {}
+    given = {name: getattr(settings, name) or known.get(name) for name in ("learning_rate", "batch_tokens")}
+    if missing := [name for name, value in given.items() if value is None]:
+        raise RecipeError(
+            f"training on from {start.model} needs {' and '.join(missing)}: it does not say how it was trained.",
+        )
+    return settings.model_copy(update=given)
+
+
+def _model(resolved: TrainSettings, data: TrainingData) -> PreTrainedModel:
+    """The model to train, in float32: new, or the one to go on from."""
+    if resolved.start is not None:
+        model = load_model(resolved.start).train()
+        check_reads(resolved.start, model.config.get_text_config().vocab_size, data.tokenizer)
+    else:
+        assert resolved.config is not None
+        model = new_model(resolved.config, resolved.seed)
+    check_length(model.config.to_dict(), data.sequence_length)
+    check_head(model)
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class _Cost:
+    """What a training costs: operations a token, the teacher's included, and the share of steps if they are matched."""
+
+    per_token: float
+    share: float
+
+    @classmethod
+    def of(cls, settings: TrainSettings, model: PreTrainedModel, teacher: PreTrainedModel | None, length: int) -> _Cost:
+        asks = 0.0 if teacher is None else forward_flops(teacher, length)
+        forward = forward_flops(model, length)
+        share = 1.0
+        if settings.match == "operations":
+            share = matched_share(settings.objective, forward, asks)
+        elif settings.match == "flops":
+            assert teacher is not None
+            share = matched_share(settings.objective, model.num_parameters(), teacher.num_parameters())
+        return cls(passes(settings.objective).cost(forward, asks), share)
+
+
 class _Trainer(Trainer):
-    """The Trainer with our order, our loss and our progress."""
+    """The Trainer with our order and our loss, which is computed inside the model's forward pass.
+
+    DDP, FSDP and DeepSpeed wrap `forward`, and know nothing of what happens outside of it.
+    """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        arguments: TrainingArguments,
+        how: TrainingArguments,
         data: TrainingData,
-        plan: _Plan,
+        plan: Plan,
         seed: int,
         objective: Objective,
-        meter: Meter,
+        flops_per_token: float,
     ) -> None:
-        curve_rows = None
-        if data.held_out is not None:
-            chosen = np.linspace(0, len(data.held_out) - 1, min(CURVE_INSTANCES, len(data.held_out))).astype(np.int64)
-            curve_rows = InOrder(data.held_out.select(chosen))
+        self.data, self.plan, self.flops_per_token = data, plan, flops_per_token
+        self.order = TrainingOrder(data.rows, plan.steps * plan.batch_instances, seed)
+        self.plain_model = model
+        self.measured = _curve_batches(data, how)
+        self.step_losses: list[Tensor] = []
+        self.sums: dict[str, Tensor] = {}  # of the objective's metrics since the last point
+        self.summed = 0
+        _compute_losses_in_forward(model, objective)
         super().__init__(
             model=model,
-            args=arguments,
+            args=how,
             data_collator=Collator(data.tokenizer.separator, data.counted),
-            train_dataset=TrainingOrder(data.rows, plan.steps * plan.batch_instances, seed),
-            eval_dataset=curve_rows,
-            callbacks=[_Checkpoints(), _Progress(meter, plan.batch_tokens)],
+            train_dataset=self.order,
         )
         self.model_accepts_loss_kwargs = False  # our loss is a mean over the micro-batch
-        self.objective = objective
         for noisy in (PrinterCallback, ProgressCallback):
             self.remove_callback(noisy)
+
+    def watch_over(self, spike: float | None) -> None:
+        """Have the training stopped where the loss spikes by so many nats, or is no number."""
+        self.add_callback(Guard(spike, self.step_loss, self.suspects, scaled=self.args.fp16))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(train_dataset or self.train_dataset)
@@ -269,196 +320,116 @@ class _Trainer(Trainer):
     def compute_loss(
         self, model: PreTrainedModel, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """The objective's loss."""
-        with self.accelerator.autocast():  # the Trainer wraps model.forward only, which we do not call
-            loss, _ = self.objective.loss(model, inputs)
+        """The objective's loss of a micro-batch."""
+        loss: Tensor
+        loss, metrics = model(batch=inputs)
+        self.step_losses.append(loss.detach())
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
+        self.summed += 1
         return loss
 
-    def prediction_step(
-        self, model: PreTrainedModel, inputs: Batch, prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor, None, None]:
-        """The objective's loss, without gradients."""
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
-        return loss.detach(), None, None
+    def step_loss(self) -> float:
+        """The mean loss of the micro-batches since the last call, of all processes."""
+        mean = torch.stack(self.step_losses).float().mean()
+        self.step_losses.clear()
+        return float(self.accelerator.reduce(mean, "mean"))
 
-
-class _Checkpoints(TrainerCallback):
-    """Marks a checkpoint as complete once every file of it is on the disk."""
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        artifact.fsync_tree(folder)
-        (folder / _COMPLETE).touch()
-        artifact.fsync_tree(folder)
-
-
-class _Progress(TrainerCallback):
-    """Feeds the progress meter, and stops the run when the loss is no number."""
-
-    def __init__(self, meter: Meter, batch_tokens: int) -> None:
-        self.meter, self.batch_tokens = meter, batch_tokens
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step:
-            self.meter.skip(state.global_step * self.batch_tokens)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.meter.advance(self.batch_tokens)
-        if state.global_step == args.max_steps:  # the curve ends where the training ends
-            control.should_log = True
-            control.should_evaluate = args.eval_strategy != "no"
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
-    ) -> None:
-        loss = logs.get("loss", 0.0)
-        if not np.isfinite(loss):
-            raise TrainingError(
-                f"the training loss is {loss} at step {state.global_step}.",
-                remedy="Lower the learning rate, or train in float32 (`precision: float32`).",
-            )
-
-
-def _arguments(
-    settings: TrainSettings, plan: _Plan, compute: Compute, state: Path, measures: bool
-) -> TrainingArguments:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise TrainingError(
-            "training by several processes is not in this version.",
-            facts={"WORLD_SIZE": os.environ["WORLD_SIZE"]},
-            remedy="Start it with plain `miniplm`, not with torchrun or accelerate launch.",
+    def suspects(self, step: int) -> dict[str, str]:
+        """The instances of a step with the largest loss; under FSDP, whose weights are elsewhere, the range of all."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            first = (step - 1) * self.plan.batch_instances
+            rows = [self.order.row(first + number) for number in range(self.plan.batch_instances)]
+            return {"rows of the step": ", ".join(map(str, rows))}
+        return suspects(
+            self.plain_model, self.order, self.data_collator, self.plan, self.args.per_device_train_batch_size, step
         )
-    micro = min(compute.train_micro_batch, plan.batch_instances)
-    if plan.batch_instances % micro:
-        raise RecipeError(
-            "a batch cannot be divided evenly.",
-            facts={
-                "instances of a batch": plan.batch_instances,
-                "compute.train_micro_batch": micro,
-            },
-            remedy="Make batch_tokens / sequence_length a multiple of compute.train_micro_batch.",
-        )
-    ours: dict[str, Any] = {
-        "output_dir": str(state),
-        "max_steps": plan.steps,
-        "per_device_train_batch_size": micro,
-        "per_device_eval_batch_size": micro,
-        "gradient_accumulation_steps": plan.batch_instances // micro,
-        "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr_rate": settings.min_lr_ratio},
-        "warmup_steps": round(settings.warmup_ratio * plan.steps),
-        "weight_decay": settings.weight_decay,
-        "adam_beta1": settings.beta1,
-        "adam_beta2": settings.beta2,
-        "adam_epsilon": settings.epsilon,
-        "max_grad_norm": settings.clip,
-        "bf16": settings.precision == "bfloat16",
-        "fp16": settings.precision == "float16",
-        "seed": settings.seed,
-        "use_cpu": choose_device(compute.device).type == "cpu",
-        "save_strategy": "steps",
-        "save_steps": plan.checkpoint_steps,
-        "save_total_limit": 2,  # one may be half-written
-        "logging_strategy": "steps",
-        "logging_steps": plan.interval_steps,
-        "logging_nan_inf_filter": False,
-        "eval_strategy": "steps" if measures else "no",
-        "eval_steps": plan.interval_steps,
-        "remove_unused_columns": False,
-    }
-    theirs = {
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": not ours["use_cpu"],
-        "optim": "adamw_torch_fused",
-    }
-    asked = {**settings.trainer, **compute.trainer}
-    if taken := sorted(set(asked) & set(ours)):
-        raise RecipeError(
-            f"`trainer: {{{taken[0]}: ...}}` is decided by the recipe's own settings.",
-            remedy="Use tokens, batch_tokens, learning_rate, warmup_ratio, precision, seed, compute.train_micro_batch.",
-        )
-    for name in compute.trainer:
-        if not name.startswith(_HOW):
-            raise RecipeError(
-                f"`compute.trainer: {{{name}: ...}}` may change the model; `compute` is in no fingerprint.",
-                facts={"may begin with": ", ".join(_HOW)},
-                remedy="Put it under the model's own `trainer:`.",
-            )
-    try:
-        arguments = TrainingArguments(**ours, **{**theirs, **asked})
-    except (TypeError, ValueError) as error:
-        raise RecipeError(
-            "transformers.TrainingArguments refuses what is under `trainer`.",
-            facts={"because": str(error).splitlines()[0]},
-        ) from error
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one device: never DataParallel by surprise
-    return arguments
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Complete a point of the curve: the objective's metrics, the held-out loss, tokens, operations."""
+        if "loss" in logs:
+            tokens = self.state.global_step * self.plan.batch_tokens
+            for name, total in sorted(self.sums.items()):
+                logs[name] = float(self.accelerator.reduce(total / self.summed, "mean"))
+            self.sums, self.summed = {}, 0
+            if self.measured:
+                logs["eval_loss"] = self.held_out_loss()
+            logs |= {"tokens": tokens, "flops": tokens * self.flops_per_token}
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """Plain cross entropy of the held-out instances of the curve, nats per token; all processes share the work."""
+        model, plain = self.model_wrapped, NextToken()
+        model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for number in range(processes.rank(), len(self.measured), processes.count()):
+            batch, instances = self.measured[number]
+            loss, _ = model(batch=self._prepare_inputs(batch), objective=plain)
+            total += torch.tensor([float(loss) * instances, instances], dtype=torch.float64, device=total.device)
+        model.train()
+        summed, instances = self.accelerator.reduce(total, "sum").tolist()
+        return float(summed / instances)
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """All weights, whole, wherever parts of them lie; every process has to ask."""
+        found: Mapping[str, Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
+        return found
+
+    def keep(self, work: Workspace, step: int) -> None:
+        """Write the model as it is into `checkpoints/`."""
+        weights = self.weights()
+        if processes.leads() and not work.has(name := f"{KEPT}/step-{step:07d}"):
+            with work.part(name) as folder:
+                self.plain_model.save_pretrained(folder, state_dict=weights)
+                save_tokenizer(self.data.tokenizer, folder)
 
 
-def _compiles(
-    compute: Compute, model: PreTrainedModel, data: TrainingData, plan: _Plan, arguments: TrainingArguments
-) -> bool:
+def _compute_losses_in_forward(model: PreTrainedModel, objective: Objective) -> None:
+    """Make `model(batch=...)` return (loss, metrics); without `batch` it is what it was."""
+    plain = type(model).forward
+    own = objective
+
+    def forward(
+        self: PreTrainedModel,
+        *given: Any,
+        batch: Batch | None = None,
+        objective: Objective | None = None,
+        **named: Any,
+    ) -> Any:
+        if batch is None:
+            return plain(self, *given, **named)
+        return (objective or own).loss(self, batch)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _curve_batches(data: TrainingData, how: TrainingArguments) -> Sequence[tuple[Batch, int]]:
+    """The held-out batches of the curve and how many instances of each count: as many batches for each process.
+
+    Where batches do not go round, the first is there again and counts nothing: under FSDP all have to take part.
+    """
+    if data.held_out is None:
+        return []
+    chosen = np.linspace(0, len(data.held_out) - 1, min(CURVE_INSTANCES, len(data.held_out))).astype(np.int64)
+    rows, collator = InOrder(data.held_out.select(chosen)), Collator(data.tokenizer.separator, data.counted)
+    micro = how.per_device_train_batch_size
+    parts = [range(begin, min(begin + micro, len(rows))) for begin in range(0, len(rows), micro)]
+    batches = [(collator(rows.__getitems__(part)), len(part)) for part in parts]
+    missing = -len(batches) % processes.count()
+    return batches + [(batches[0][0], 0)] * missing
+
+
+def _compiles(compute: Compute, plan: Plan, cost: _Cost, how: TrainingArguments) -> bool:
     if compute.compile != "auto":
         return compute.compile
-    flops = training_flops(model, data.sequence_length, plan.steps * plan.batch_tokens)
-    return arguments.device.type == "cuda" or flops > _COMPILE_FROM_FLOPS
+    return how.device.type == "cuda" or cost.per_token * plan.steps * plan.batch_tokens > _COMPILE_FROM_FLOPS
 
 
-def _last_checkpoint(state: Path) -> Path | None:
-    """The newest complete checkpoint; all others are removed."""
-    found = sorted(state.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    complete = [p for p in found if (p / _COMPLETE).exists()]
-    for other in found:
-        if not complete or other != complete[-1]:
-            shutil.rmtree(other)
-    return complete[-1] if complete else None
-
-
-def _curve(history: list[dict[str, Any]], plan: _Plan) -> list[dict[str, Any]]:
-    points: dict[int, dict[str, Any]] = {}
-    for entry in history:
-        point = points.setdefault(entry["step"], {"step": entry["step"], "tokens": entry["step"] * plan.batch_tokens})
-        for theirs in ("loss", "eval_loss", "learning_rate", "grad_norm"):
-            if theirs in entry:
-                point[_CURVE_NAMES.get(theirs, theirs)] = entry[theirs]
-    return [points[step] for step in sorted(points) if "train_loss" in points[step]]
-
-
-def _save(
-    work: Workspace,
-    model: PreTrainedModel,
-    data: TrainingData,
-    curve: list[dict[str, Any]],
-    counts: Mapping[str, Any],
-) -> None:
-    """Write the model's folder, file by file, into the artifact."""
-    folder = work.path / _STATE / "final"
-    shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(folder)
-    separator = data.tokenizer.token(data.tokenizer.separator)
-    data.tokenizer.backend.encode_special_tokens = False
-    PreTrainedTokenizerFast(
-        tokenizer_object=data.tokenizer.backend, eos_token=separator, pad_token=separator
-    ).save_pretrained(folder)
-    data.tokenizer.backend.encode_special_tokens = True
-    (folder / "README.md").write_text(_card(counts), encoding="utf-8")
-    (folder / CURVE).write_text("".join(json.dumps(point) + "\n" for point in curve))
-    for path in sorted(folder.iterdir()):
-        with work.part(path.name) as temporary:
-            path.rename(temporary)
-
-
-def _card(counts: Mapping[str, Any]) -> str:
-    lines = [
-        "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [miniplm]", "---", "",
-        f"# A {counts['parameters'] / 1e6:,.1f}M-parameter {counts['model_type']} model", "",
-        "Pre-trained from scratch by miniplm (MiniPLM, arXiv 2410.17215). What it was made of is in `manifest.json`,",
-        "its losses in `training.jsonl`.", "",
-        "| | |", "|---|---|",
-        *(f"| {name.replace('_', ' ')} | {value:,} |" for name, value in counts.items() if isinstance(value, int)),
-        f"| final training loss (nats per token) | {counts['final_train_loss']:.4f} |", "",
-    ]  # fmt: skip
-    return "\n".join(lines)
+def _curve(history: list[dict[str, Any]]) -> list[Point]:
+    """The points of the curve in the Trainer's log."""
+    return [
+        {_POINT_NAMES.get(name, name): value for name, value in sorted(entry.items()) if name not in _NO_POINT}
+        for entry in history
+        if "loss" in entry
+    ]

@@ -1,0 +1,69 @@
+"""Several processes at one training, as `torchrun` and `accelerate launch` start them: one leads, the others follow.
+
+The leader alone holds the artifact and writes; all compute. What follows here is only what the Trainer does not do
+itself: agree on whether there is work, and meet at its end. Started plainly, a process is alone and leads.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+_Said = TypeVar("_Said")
+_LOOK_EVERY_SECONDS = 0.5
+
+
+def rank() -> int:
+    """Which process this is, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def count() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def leads() -> bool:
+    """Whether this process writes and speaks."""
+    return rank() == 0
+
+
+def join(device: torch.device) -> None:
+    """Connect the processes, if there are several and they are not yet: gloo between CPUs, nccl between GPUs."""
+    if count() > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(_part)
+
+
+def hear_leader(say: _Said) -> _Said:
+    """What the leader says; what the others would say is of no account."""
+    if count() == 1:
+        return say
+    said = [say]
+    dist.broadcast_object_list(said, src=0)
+    return said[0]
+
+
+def meet() -> None:
+    """Wait for all."""
+    if count() > 1:
+        dist.barrier()
+
+
+def wait_until(there: Callable[[], bool]) -> None:
+    """Wait for what the leader makes alone, however long it takes; a leader that fails ends all processes."""
+    while not there():
+        time.sleep(_LOOK_EVERY_SECONDS)
+
+
+def _part() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
