@@ -224,8 +224,7 @@ def new(preset: str, device: Any, dtype: Any) -> Any:
 
 def chunked(hidden: list[Any], heads: list[Any], targets: Any) -> Any:
     """Ours: with a teacher if there are two of everything."""
-    from miniplm.models.distillation import distillation
-    from miniplm.models.head import cross_entropy
+    from miniplm.models.losses import cross_entropy, distillation
 
     if len(hidden) == 1:
         return cross_entropy(hidden[0], heads[0], None, targets)

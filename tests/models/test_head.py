@@ -29,7 +29,8 @@ from transformers import (
 
 from miniplm.errors import ModelError
 from miniplm.models import head
-from miniplm.models.head import check_head, compiled_logsumexp, cross_entropy, head_of, hidden_states, token_logp
+from miniplm.models.head import check_head, compiled_logsumexp, head_of, hidden_states, token_logp
+from miniplm.models.losses import cross_entropy
 from miniplm.training.data import Collator
 from miniplm.training.objectives import NextToken
 
@@ -339,7 +340,7 @@ def test_a_whole_training_step_never_holds_more_than_an_eighth_of_the_logits(rul
     optimizer = torch.optim.AdamW(model.parameters())
     draw = torch.Generator().manual_seed(0)
     rows = torch.randint(0, VOCAB, (16, ROWS // 16 + 1), generator=draw).numpy()
-    batch = Collator(separator=int(rows[0, 3]), rule=rule)([(row, len(row)) for row in rows])  # type: ignore[arg-type]
+    batch = Collator(separator=int(rows[0, 3]), rule=rule)([(row, len(row), i) for i, row in enumerate(rows)])  # type: ignore[arg-type]
     assert (batch["weights"] is None) == (rule == "all")
     before = model.get_output_embeddings().weight.detach().clone()
     with LargestTensor() as largest:

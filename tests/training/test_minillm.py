@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PhiConfig, PreTrainedModel, Qwen2
 
 from miniplm.errors import RecipeError
 from miniplm.models import head
-from miniplm.models.head import cross_entropy
+from miniplm.models.losses import cross_entropy
 from miniplm.recipe import MiniLLMSettings
 from miniplm.training.data import Collator
 from miniplm.training.minillm import MiniLLM, advantages, importance, shares_of, uniform_numbers

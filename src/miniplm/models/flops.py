@@ -1,9 +1,20 @@
 """Floating-point operations of a model, counted from its layers.
 
-A forward pass costs, for each token, 2 operations for each weight of each linear layer (the head included, look-ups
-not), and 2·T·(heads × head width) in each attention layer for the scores and the mixing of values: under a
-causal mask, half of the full square. A training step costs three forward passes (Kaplan et al. 2020, arXiv 2001.08361,
-section 2.1).
+A forward pass costs, for each token:
+
+    linear layers     2 for each weight, the head included, look-ups not
+    convolutions      2 for each weight: each output channel of Mamba's has a kernel of its own
+    attention         2·T·(heads × head width) in each layer, for the scores and the mixing of values: under a causal
+                      mask, half of the full square
+    Mamba's scan      9·D·N in each layer, of inner width D and state N: discretisation, recurrence, output (A. Gu,
+                      github.com/state-spaces/mamba/issues/110)
+    Mamba-2's scan    Q·(G·N + D) + 4·D·N in each layer, of G groups: in chunks of Q tokens, half of the square of
+                      scores and of their mixing, then the chunk's state in and out (Dao and Gu 2024, arXiv 2405.21060,
+                      section 6; the recurrence over chunks, 2·D·N/Q, is left out)
+
+It is what must be computed, by whatever code: transformers' own path for Mamba-2, say, takes the full square for each
+head. Norms, activations and softmax are not counted, nor are linear attention's other kinds (gated delta nets). A
+training step costs three forward passes (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
 """
 
 from __future__ import annotations
@@ -27,12 +38,26 @@ TRAINING_PASSES = 3
 def forward_flops(model: PreTrainedModel, sequence_length: int) -> float:
     """Operations of a forward pass per predicted token, at this sequence length."""
     head = model.get_output_embeddings()
-    linear = {id(m): m.weight.numel() for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))}
-    linear.setdefault(id(head), head.weight.numel() if isinstance(head, nn.Linear) else 0)
+    weights = {id(m): m.weight.numel() for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv1d, Conv1D))}
+    weights.setdefault(id(head), head.weight.numel() if isinstance(head, nn.Linear) else 0)
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or 0
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1))
-    return float(2 * sum(linear.values()) + 2 * sequence_length * width * config.num_hidden_layers)
+    attention = 2 * sequence_length * width * config.num_hidden_layers
+    scans = sum(_scan_flops(module, sequence_length) for module in model.modules())
+    return float(2 * sum(weights.values()) + attention + scans)
+
+
+def _scan_flops(mixer: nn.Module, sequence_length: int) -> int:
+    """Operations per token of what a state-space layer does beside its projections; 0 for any other module."""
+    decay = getattr(mixer, "A_log", None)
+    if not isinstance(decay, nn.Parameter) or not hasattr(mixer, "ssm_state_size"):
+        return 0
+    inner, state = int(mixer.intermediate_size), int(mixer.ssm_state_size)  # type: ignore[arg-type]
+    if decay.ndim == 2:  # Mamba: a decay for each channel and state
+        return 9 * inner * state
+    chunk = min(int(mixer.chunk_size), sequence_length)  # type: ignore[arg-type]
+    return chunk * (int(mixer.n_groups) * state + inner) + 4 * inner * state  # type: ignore[arg-type]
 
 
 def training_flops(model: PreTrainedModel, sequence_length: int, tokens: int) -> float:

@@ -1,4 +1,4 @@
-"""The output head, a chunk of positions at a time: log-probabilities and cross entropy without the logits.
+"""The output head, a chunk of positions at a time: log-probabilities without the logits.
 
 A model is used as backbone (ids -> hidden states `[N, D]`) and head (a `[V, D]` matrix). The logits `[N, V]` of a batch
 of 16 x 1,024 positions and 151,936 tokens are 10 GB in float32; here at most a block of them exists at once.
@@ -11,7 +11,6 @@ Why not `torch.nn.functional.linear_cross_entropy`: with bfloat16 inputs torch 2
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -185,71 +184,6 @@ def _token_logp_cuda(hidden: Tensor, weight: Tensor, bias: Tensor | None, target
             logits += bias
         logp[chunk] = logits.gather(1, targets[chunk, None]).squeeze(1) - torch.logsumexp(logits, dim=1)
     return logp
-
-
-def cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor | None = None
-) -> Tensor:
-    """Mean negative log p of the targets in nats: a float32 scalar with gradients to hidden states and head.
-
-    Args:
-        hidden: `[N, D]`; under autocast the products are taken in autocast's dtype, as a linear layer's are.
-        weight: `[V, D]`.
-        bias: `[V]` or None.
-        targets: `[N]`, int64.
-        weights: `[N]`, what each target weighs: summing to 1 for a mean, or any numbers, below 0 too, for another sum.
-            None weighs all alike.
-
-    """
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    with torch.autocast(kind, enabled=False):
-        loss: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), targets, weights
-        )
-    return loss
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """Loss and gradients in one pass over chunks; the backward pass only scales what the forward pass made."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor | None
-    ) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        needs_grad = any(ctx.needs_input_grad)
-        hidden_grad = torch.empty_like(hidden) if needs_grad else None
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
-        bias_grad = torch.zeros_like(bias, dtype=torch.float32) if needs_grad and bias is not None else None
-        even = 1.0 / len(targets)
-        rows = chunk_rows(hidden, weight)
-        for begin in range(0, len(targets), rows):
-            chunk = slice(begin, begin + rows)
-            part, target = hidden[chunk], targets[chunk, None]
-            logits = nn.functional.linear(part, weight, bias)
-            logp = torch.log_softmax(logits, dim=1, dtype=torch.float32)
-            picked = logp.gather(1, target).squeeze(1)
-            total -= picked.sum(dtype=torch.float64) * even if weights is None else (picked * weights[chunk]).sum()
-            if hidden_grad is None or weight_grad is None:
-                continue
-            gradient = logp.exp_()  # of the loss by the logits: probability, less one for the target
-            gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
-            gradient *= even if weights is None else weights[chunk, None]
-            if bias_grad is not None:
-                bias_grad += gradient.sum(dim=0)
-            gradient = gradient.to(part.dtype)
-            hidden_grad[chunk] = gradient @ weight
-            weight_grad += gradient.T @ part
-        ctx.save_for_backward(hidden_grad, weight_grad, bias_grad)
-        ctx.dtype = weight.dtype
-        return total.float()
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
-        by_bias = None if bias_grad is None else (bias_grad * scale).to(ctx.dtype)
-        return (hidden_grad * scale).to(hidden_grad.dtype), (weight_grad * scale).to(ctx.dtype), by_bias, None, None
 
 
 def chunk_rows(hidden: Tensor, weight: Tensor) -> int:

@@ -50,8 +50,8 @@ from transformers import PreTrainedModel
 
 from miniplm.errors import RecipeError
 from miniplm.models.continuation import continuations
-from miniplm.models.distillation import reverse_kl
-from miniplm.models.head import cross_entropy, head_of, hidden_states, token_logp
+from miniplm.models.head import head_of, hidden_states, token_logp
+from miniplm.models.losses import cross_entropy, reverse_kl
 from miniplm.recipe import MiniLLMSettings
 from miniplm.training.objectives import Batch
 

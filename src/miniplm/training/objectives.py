@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from miniplm.models.distillation import distillation
-from miniplm.models.head import cross_entropy, head_of, hidden_states
+from miniplm.models.head import head_of, hidden_states
+from miniplm.models.losses import cross_entropy, distillation
 from miniplm.recipe import VanillaKDSettings
 
 

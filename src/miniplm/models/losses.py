@@ -1,19 +1,20 @@
-"""The losses of online distillation, a chunk of positions at a time: no model's distribution is ever held whole.
+"""The losses, a chunk of positions at a time: no model's distribution over the vocabulary is ever held whole.
 
-In: hidden states `[N, D]` and head `[V, D]` of the student, hidden states `[N, E]` and head `[U, E]` of the teacher.
-Out: scalars in nats, with gradients to the student's hidden states and head; the teacher gets none.
+In: hidden states `[N, D]` and head `[V, D]` of the student; for distillation hidden states `[N, E]` and head `[U, E]`
+of the teacher. Out: scalars in nats, with gradients to the student's hidden states and head; the teacher gets none.
 
+    cross_entropy  -log q of the targets: next-token training (paper, Eq. 5)
     distillation   (1 - share) * CE + share * H(p, q): Vanilla KD (paper section 4)
     reverse_kl     KL(q || p): the single-step term of MiniLLM (Gu et al. 2024, arXiv 2306.08543)
 
-Cost: three products with the student's head and one with the teacher's. Memory: a chunk of both models' logits in their
+Cost: three products with the student's head and one with the teacher's. Memory: a chunk of the models' logits in their
 own dtypes, and the gradient of the head in float32. All other float32 goes by in strips of a few rows, and the gradient
 by the logits is written over the logits: on CPU a strip stays in the cache, while taking large memory anew for every
 chunk costs more than the arithmetic on it. At V = 151,936 a row of `log_softmax` takes 0.08 ms in strips of 1 to 48
 rows and 0.30 ms in a block of 96; adding 256 rows to the gradient of a head 512 wide takes 0.10 s in strips and 0.22 s
 in one. *Measured 2026-11-21, one core, bfloat16.*
 
-Not covered: logits are rounded to the dtype of their model, as `cross_entropy` in head.py rounds them.
+Not covered: logits are rounded to the dtype of their model, as a linear layer's are.
 """
 
 from __future__ import annotations
@@ -27,10 +28,25 @@ from torch import Tensor
 from miniplm.errors import ModelError
 from miniplm.models.head import chunk_rows
 
-_STRIP_ELEMENTS = {
-    "cpu": 1 << 20,
-    "cuda": 1 << 25,
-}  # float32 at once: on CPU for each thread (cache; measured), on CUDA assumed
+# float32 at once; on CPU for each thread
+_STRIP_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}  # measured on CPU (cache), assumed on CUDA
+
+
+def cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Mean negative log p of the targets in nats: a float32 scalar with gradients to hidden states and head.
+
+    Args:
+        hidden: `[N, D]`; under autocast the products are taken in autocast's dtype, as a linear layer's are.
+        weight: `[V, D]`.
+        bias: `[V]` or None.
+        targets: `[N]`, int64.
+        weights: `[N]`, what each target weighs: summing to 1 for a mean, or any numbers, below 0 too, for another sum.
+            None weighs all alike.
+
+    """
+    return _by_chunks(hidden, weight, bias, len(weight), None, _CrossEntropy(targets), weights)[0]
 
 
 def distillation(
@@ -170,9 +186,30 @@ class _Term(Protocol):
         """What each of the K values counts in the loss."""
 
     def at(
-        self, logits: Tensor, teacher_logits: Tensor, strip: slice, needs_grad: bool
+        self, logits: Tensor, teacher_logits: Tensor | None, strip: slice, needs_grad: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The values, float32 `[n, K]`, and the gradient of their mixture by the logits, float32 `[n, V]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _CrossEntropy:
+    """CE alone, without a teacher. targets: `[N]`."""
+
+    targets: Tensor
+
+    @property
+    def mixture(self) -> tuple[float, ...]:
+        return (1.0,)
+
+    def at(
+        self, logits: Tensor, teacher_logits: Tensor | None, strip: slice, needs_grad: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        target = self.targets[strip, None]
+        logq = torch.log_softmax(logits, dim=1, dtype=torch.float32)
+        values = -logq.gather(1, target)
+        if not needs_grad:
+            return values, None
+        return values, logq.exp_().scatter_add_(1, target, logq.new_full(target.shape, -1.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +225,9 @@ class _Distillation:
         return 1 - self.share, self.share
 
     def at(
-        self, logits: Tensor, teacher_logits: Tensor, strip: slice, needs_grad: bool
+        self, logits: Tensor, teacher_logits: Tensor | None, strip: slice, needs_grad: bool
     ) -> tuple[Tensor, Tensor | None]:
+        assert teacher_logits is not None
         share, heat, target = self.share, self.temperature, self.targets[strip, None]
         logq = torch.log_softmax(logits, dim=1, dtype=torch.float32)
         softened = logq
@@ -220,8 +258,9 @@ class _ReverseKL:
         return (1.0,)
 
     def at(
-        self, logits: Tensor, teacher_logits: Tensor, strip: slice, needs_grad: bool
+        self, logits: Tensor, teacher_logits: Tensor | None, strip: slice, needs_grad: bool
     ) -> tuple[Tensor, Tensor | None]:
+        assert teacher_logits is not None
         logq = torch.log_softmax(logits, dim=1, dtype=torch.float32)
         surplus = torch.log_softmax(teacher_logits, dim=1, dtype=torch.float32).neg_().add_(logq)
         q = logq.exp_()
@@ -234,12 +273,12 @@ def _by_chunks(
     weight: Tensor,
     bias: Tensor | None,
     tokens: int,
-    teacher: _Teacher,
+    teacher: _Teacher | None,
     term: _Term,
     weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The loss and, float32 `[K]`, the means it is mixed of; of the student only the first `tokens` logits count."""
-    assert len(hidden) == len(teacher.hidden), "student and teacher have seen different positions"
+    assert teacher is None or len(hidden) == len(teacher.hidden), "student and teacher have seen different positions"
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
@@ -258,7 +297,11 @@ def _by_chunks(
 
 
 class _ByChunks(torch.autograd.Function):
-    """Loss and gradients in one pass over chunks; the backward pass only scales what the forward pass made."""
+    """Loss and gradients in one pass over chunks; the backward pass only scales what the forward pass made.
+
+    What is kept between them is N times the gradient of the mean: its entries are then of the size of probabilities,
+    and those of a large batch do not vanish in float16.
+    """
 
     @staticmethod
     def forward(
@@ -267,32 +310,34 @@ class _ByChunks(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         tokens: int,
-        teacher: _Teacher,
+        teacher: _Teacher | None,
         term: _Term,
         weights: Tensor | None,
         needs_grad: bool,
     ) -> tuple[Tensor, Tensor]:
-        even = 1.0 / len(hidden)
         head, offset = weight[:tokens], None if bias is None else bias[:tokens]
         hidden_grad = torch.empty_like(hidden) if needs_grad else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         bias_grad = torch.zeros_like(bias, dtype=torch.float32) if needs_grad and bias is not None else None
         rows = min(len(hidden), chunk_rows(hidden, head))
         memory = hidden.new_empty(rows, tokens)
-        teacher_memory = teacher.hidden.new_empty(rows, len(teacher.weight))
+        teacher_memory = None if teacher is None else teacher.hidden.new_empty(rows, len(teacher.weight))
         values = []
         for begin in range(0, len(hidden), rows):
             chunk = slice(begin, min(begin + rows, len(hidden)))
             part = hidden[chunk]
             logits = _linear(part, head, offset, memory)
-            teacher_logits = _linear(teacher.hidden[chunk], teacher.weight, teacher.bias, teacher_memory)
+            told = None
+            if teacher is not None and teacher_memory is not None:
+                told = _linear(teacher.hidden[chunk], teacher.weight, teacher.bias, teacher_memory)
             for strip in _strips(logits):
                 where = slice(begin + strip.start, begin + strip.stop)
-                value, gradient = term.at(logits[strip], teacher_logits[strip], where, needs_grad)
+                value, gradient = term.at(logits[strip], None if told is None else told[strip], where, needs_grad)
                 values.append(value)
                 if gradient is None:
                     continue
-                gradient *= even if weights is None else weights[where, None]
+                if weights is not None:
+                    gradient *= weights[where, None] * len(hidden)
                 if bias_grad is not None:
                     bias_grad[:tokens] += gradient.sum(dim=0)
                 logits[strip] = gradient
@@ -313,6 +358,7 @@ class _ByChunks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
+        scale = scale / len(hidden_grad)
         by_weight = torch.empty_like(weight_grad, dtype=ctx.dtype)
         for strip in _strips(weight_grad):
             by_weight[strip] = weight_grad[strip] * scale
