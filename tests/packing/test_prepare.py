@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -48,12 +48,26 @@ def texts_of(packed: Packed) -> dict[str, str]:
     return {source: packed.tokenizer.decode(ids) for source, ids in streams.items()}
 
 
+def documents_of(packed: Packed) -> dict[str, str]:
+    """The text of each document, from its pieces in the order of rows: the end of one may be far from its beginning."""
+    pieces: dict[str, list[int]] = {}
+    for row in packed.dataset:
+        ids = np.asarray(row["input_ids"][: row["length"]])
+        ends = np.flatnonzero(ids == packed.separator)
+        parts = [part[part != packed.separator] for part in np.split(ids, ends + 1)]
+        for document, part in zip(row["documents"], parts, strict=False):
+            pieces.setdefault(document, []).extend(part.tolist())
+        assert len(parts) - len(row["documents"]) in (0, 1), "each piece is of a document"
+        assert len(parts) == len(row["documents"]) or not len(parts[-1])
+    return {document: packed.tokenizer.decode(ids) for document, ids in pieces.items()}
+
+
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sizes=st.lists(st.integers(1, 60), min_size=80, max_size=160), block_bytes=st.integers(300, 6_000))
 def test_each_document_comes_out_once_or_is_left_over(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], block_bytes: int
 ) -> None:
-    """Documents carry a mark of their own; marks are counted in what came out, not in what the manifest says."""
+    """Each document's text is put together from what came out, not from what the manifest says."""
     folder = tmp_path_factory.mktemp("marks")
     with (folder / "c.jsonl").open("w") as file:
         for n, size in enumerate(sizes):
@@ -64,16 +78,21 @@ def test_each_document_comes_out_once_or_is_left_over(
         folder / "c.jsonl", folder / "corpus", sequence_length=7, split=split, block_bytes=block_bytes,
         tokenizer={"train": {"vocab_size": 258}},
     )  # fmt: skip
-    marks: Counter[str] = Counter()
+    found: dict[str, str] = {}
     left = 0
-    for part, found in corpus.manifest.counts["parts"].items():
-        texts = texts_of(corpus.part(part)).values()
-        marks.update(mark for text in texts for mark in re.findall(r"<\d+>", text))
-        left += found["leftover_tokens"]
-    assert max(marks.values()) == 1
-    missing = [n for n in range(len(sizes)) if marks[f"<{n}>"] == 0]
-    assert len(missing) <= 6, "at most the first tokens of one document for each part and source"
+    for part, counts in corpus.manifest.counts["parts"].items():
+        for document, text in documents_of(corpus.part(part)).items():
+            assert document not in found, "a document is in one part"
+            found[document] = text
+        left += counts["leftover_tokens"]
+    incomplete = [n for n, size in enumerate(sizes) if found.get(f"d{n}") != f"<{n}>" + " a" * size]
+    for n in incomplete:  # what is left over is the end of a stream: whole documents, or the end of one
+        assert (f"<{n}>" + " a" * sizes[n]).startswith(found.get(f"d{n}", ""))
+    assert sum(len(found.get(f"d{n}", "")) for n in range(len(sizes))) + 4 * left >= sum(
+        len(f"<{n}>" + " a" * size) for n, size in enumerate(sizes)
+    )
     assert left < 8 * 6
+    assert len(incomplete) <= left
 
 
 @pytest.mark.parametrize("cut", ["exact", "sentence"])

@@ -337,13 +337,16 @@ def test_what_is_sampled_depends_on_seed_and_position_alone() -> None:
 
 
 def test_random_numbers_are_apart_for_seeds_positions_and_other_draws() -> None:
-    rows = uniform_numbers(0, [0, 1, 2**33], 50)
+    rows = uniform_numbers(7, 0, [0, 1, 2**33], 50)
     assert rows.shape == (3, 50)
     assert rows.dtype == np.float32
     assert ((rows >= 0) & (rows < 1)).all()
-    others = [*uniform_numbers(1, [0, 1], 50), np.random.Generator(np.random.Philox(key=[0, 1])).random(50, np.float32)]
+    others = [
+        *uniform_numbers(7, 1, [0, 1], 50),
+        np.random.Generator(np.random.Philox(key=[0, 1])).random(50, np.float32),
+    ]
     assert len(np.unique(np.round([*rows, *others], 6)[:, :4], axis=0)) == 6
-    np.testing.assert_array_equal(uniform_numbers(0, [2**33], 20)[0], rows[2, :20])
+    np.testing.assert_array_equal(uniform_numbers(7, 0, [2**33], 20)[0], rows[2, :20])
 
 
 def test_training_with_it_brings_the_student_nearer_to_the_teacher() -> None:

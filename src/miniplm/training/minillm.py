@@ -38,18 +38,16 @@ batch's loss is the mean of its parts' (in low precision as far as logits do not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from miniplm.errors import RecipeError
-from miniplm.models.continuation import continuations
+from miniplm.models.continuation import continuations, uniform_numbers
 from miniplm.models.head import head_of, hidden_states, token_logp
 from miniplm.models.losses import cross_entropy, reverse_kl
 from miniplm.recipe import MiniLLMSettings
@@ -123,7 +121,7 @@ class MiniLLM:
         prompts = batch["input_ids"][:, : self.prompt_tokens]
         self.teacher.to(prompts.device)  # costs nothing where it is there
         count = batch["input_ids"].shape[1] + 1 - self.prompt_tokens
-        uniform = torch.from_numpy(uniform_numbers(self.seed, batch["positions"].tolist(), count))
+        uniform = torch.from_numpy(uniform_numbers(_STREAM, self.seed, batch["positions"].tolist(), count))
         sampled = continuations(
             model,
             prompts,
@@ -191,18 +189,6 @@ class MiniLLM:
             logp = teacher.logp(sampled, heat) if mix else logp
             return importance(logq, student.logp(sampled, heat), logp, mix)
         return importance(logq, logq, logp, mix)
-
-
-def uniform_numbers(seed: int, positions: Sequence[int], count: int) -> NDArray[np.float32]:
-    """Numbers in [0, 1), `[B, count]`: a row depends on the seed and the instance's position in the training alone."""
-    return np.stack(
-        [
-            np.random.Generator(np.random.Philox(key=[seed, position], counter=[0, 0, 0, _STREAM])).random(
-                count, dtype=np.float32
-            )
-            for position in positions
-        ]
-    )
 
 
 def shares_of(weights: Tensor | None, ids: Tensor, prompt_tokens: int) -> Shares:
