@@ -14,6 +14,7 @@ from miniplm.recipe import TrainSettings
 from miniplm.training.presets import PRESETS, preset, resolve
 
 QWEN_TOKENS, LLAMA_TOKENS, FALCON_TOKENS = 151_646, 128_256, 65_024  # of the published tokenizers
+QWEN3_TOKENS, NEOX_TOKENS = 151_669, 50_277
 PUBLISHED = {  # millions, as the paper or the size of the published checkpoint says, with the digits it says
     "qwen-45m": (QWEN_TOKENS, "45.3"),
     "qwen-104m": (QWEN_TOKENS, "103.50"),
@@ -25,8 +26,15 @@ PUBLISHED = {  # millions, as the paper or the size of the published checkpoint 
 PUBLISHED_EXACTLY = {
     "llama-212m": (LLAMA_TOKENS, 211_766_016),
     "mamba-130m": (FALCON_TOKENS, 140_458_752),
+    "mamba2-130m": (NEOX_TOKENS, 128_989_632),  # of its layers' shapes; "130m"
+    "neox-160m": (NEOX_TOKENS, 162_322_944),  # arXiv 2304.01373, table 1
+    # those of qwen-200m, with a norm for queries and keys of each layer instead of biases
+    "qwen3-200m": (QWEN3_TOKENS, 203_437_824 + 12 * (2 * 64 - 3 * 768)),
 }
-CPU_PRESETS = {"qwen-0.5m": 0.5, "qwen-1m": 1.0, "qwen-2m": 2.0, "qwen-3m": 3.0, "qwen-5m": 5.0}
+CPU_PRESETS = {
+    "qwen-0.5m": 0.5, "qwen-1m": 1.0, "qwen-2m": 2.0, "qwen-3m": 3.0, "qwen-5m": 5.0,
+    "qwen3-1m": 1.0, "llama-1m": 1.0, "neox-1m": 1.0, "mamba-1m": 1.0, "mamba2-1m": 1.0,
+}  # fmt: skip
 
 
 def settings(**given: Any) -> TrainSettings:
@@ -74,7 +82,7 @@ def test_every_preset_is_in_one_of_these_tables() -> None:
     ("name", "learning_rate"),
     [
         ("qwen-104m", 6e-4), ("qwen-200m", 6e-4), ("qwen-300m", 6e-4), ("qwen-500m", 3e-4), ("qwen-1.2b", 2.5e-4),
-        ("llama-212m", 6e-4), ("mamba-130m", 2e-3),
+        ("llama-212m", 6e-4), ("mamba-130m", 2e-3), ("qwen3-200m", 6e-4), ("neox-160m", 6e-4), ("mamba2-130m", 2e-3),
     ],
 )  # fmt: skip
 def test_a_paper_preset_has_the_papers_peak_learning_rate_and_batch(name: str, learning_rate: float) -> None:
@@ -95,6 +103,8 @@ def test_a_paper_preset_has_the_papers_peak_learning_rate_and_batch(name: str, l
         ("llama-212m", LLAMA_TOKENS, 128_256),
         ("llama-212m", QWEN_TOKENS, 151_680),
         ("mamba-130m", FALCON_TOKENS, 65_024),
+        ("neox-160m", NEOX_TOKENS, 50_304),
+        ("mamba2-130m", QWEN_TOKENS, 151_680),
         ("qwen-1m", 300, 384),
         ("qwen-1m", QWEN_TOKENS, 151_680),
     ],
@@ -126,7 +136,7 @@ def test_resolving_twice_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "near"), [("qwen-200", "qwen-200m"), ("llama212m", "llama-212m"), ("mamba", "mamba-130m")]
+    ("wrong", "near"), [("qwen-200", "qwen-200m"), ("llama212m", "llama-212m"), ("mamba-130", "mamba-130m")]
 )
 def test_an_unknown_preset_is_a_recipe_error_that_names_the_nearest_and_lists_all(wrong: str, near: str) -> None:
     with pytest.raises(RecipeError, match=f"there is no preset '{wrong}'") as error:
