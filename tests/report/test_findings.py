@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from conftest import write_jsonl
-from miniplm import recipe
+from miniplm import artifact, recipe
 from miniplm.evaluation.evaluate import open_evaluation
+from miniplm.packing.instances import open_packed
 from miniplm.pipeline.chain import Chain, chain
 from miniplm.pipeline.run import run
-from miniplm.report.findings import gather, tokens_to_reach
+from miniplm.report.findings import gather
+from miniplm.report.show import show
+from miniplm.report.training import compare_bits, control_of, tokens_to_reach
 from miniplm.report.write import summary, write_report
 from miniplm.sampling.base import open_selection
-from miniplm.scoring.base import open_scores
+from miniplm.scoring.base import Scores, open_scores
 
 TINY = (
     "config: {model_type: qwen2, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2,"
@@ -36,41 +44,218 @@ score: {{dtype: float32}}
 select:
   random: {{sampler: random}}
   difference: {{sampler: difference, ratio: 0.4}}
+generate:
+  written: {{data: random, dtype: float32}}
+retokenize:
+  other: {{data: written, tokenizer: TOKENIZER}}
 students:
   control: {{{TINY}, tokens: 4096, data: random}}
   student: {{like: control, data: difference}}
+  kd: {{like: control, objective: {{name: vanilla_kd, dtype: float32}}, match: flops}}
+  policy: {{like: control, objective: {{name: minillm, dtype: float32}}, match: operations}}
+  family: {{like: control, data: other}}
 compute: {{device: cpu}}
 """
+STUDENTS = ("control", "student", "kd", "policy", "family")
+
+
+def write_tokenizer(folder: Path, corpus: Path) -> None:
+    """A byte-level BPE that is not the corpus's."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = byte_level, decoders.ByteLevel()
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    end = "<|endoftext|>"
+    trainer = trainers.BpeTrainer(vocab_size=270, initial_alphabet=byte_level.alphabet(), special_tokens=[end])
+    tokenizer.train_from_iterator(texts, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     folder = tmp_path_factory.mktemp("run")
     corpus = write_jsonl(folder / "corpus.jsonl", 400)
-    stages = chain(recipe.parse(RECIPE.replace("CORPUS", str(corpus))), folder / "run")
+    write_tokenizer(folder / "tokenizer", corpus)
+    text = RECIPE.replace("CORPUS", str(corpus)).replace("TOKENIZER", str(folder / "tokenizer"))
+    stages = chain(recipe.parse(text), folder / "run")
     run(stages)
     return stages
 
 
-def test_figures_of_students_are_those_of_their_evaluations(finished: Chain) -> None:
-    findings = gather(finished)
+@pytest.fixture(scope="module")
+def findings(finished: Chain) -> dict[str, Any]:
+    return gather(finished)
+
+
+def by_name(findings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {student["name"]: student for student in findings["students"]}
+
+
+def test_figures_of_students_are_those_of_their_evaluations(finished: Chain, findings: dict[str, Any]) -> None:
     assert findings["control"] == "control"
     for student in findings["students"]:
         scores = open_evaluation(finished[f"evaluate/{student['name']}"].path).scores
-        assert student["loss"] == pytest.approx(-scores.logp.sum() / scores.n_tokens.sum())
+        nats = -scores.logp.sum() / scores.n_tokens.sum()
+        assert student["loss"] == (None if student["name"] == "family" else pytest.approx(nats))
         assert student["bits_per_byte"] == pytest.approx(-scores.logp.sum() / np.log(2) / scores.n_bytes.sum())
-        assert student["tokens"] == 4096
-        assert student["curve"][-1]["tokens"] == 4096
 
 
-def test_the_comparison_is_paired_by_instance(finished: Chain) -> None:
-    (comparison,) = gather(finished)["comparisons"]
+def test_what_training_took_is_what_manifests_and_provenance_say(finished: Chain, findings: dict[str, Any]) -> None:
+    models = {one["role"]: one for one in findings["models"]}
+    stages = {f"students/{name}": one for name, one in by_name(findings).items()}
+    stages |= {"train/teacher": models["teacher"], "train/reference": models["reference"]}
+    for name, one in stages.items():
+        counts, how = artifact.read(finished[name].path).counts, artifact.provenance(finished[name].path)
+        for key in ("parameters", "steps", "epochs", "matched_share", "final_train_loss", "learning_rate"):
+            assert one[key] == counts[key], (name, key)
+        assert (one["tokens"], one["flops"]) == (counts["train_tokens"], counts["train_flops"])
+        for key in ("train_seconds", "tokens_per_s", "share_of_matmul_rate", "flops_per_s", "device", "processes"):
+            assert one[key] == how[key], (name, key)
+        assert one["curve"][-1]["tokens"] == one["tokens"]
+        assert one["curve"][-1]["flops"] == pytest.approx(one["flops"])
+
+
+def test_students_whose_operations_were_matched_say_so(findings: dict[str, Any]) -> None:
+    students = by_name(findings)
+    control, kd, policy = (students[name] for name in ("control", "kd", "policy"))
+    assert (control["match"], kd["match"], policy["match"]) == (None, "flops", "operations")
+    assert kd["matched_share"] == pytest.approx(3 / 4), "a teacher of the student's size"
+    assert policy["matched_share"] == pytest.approx(1 / 2)
+    assert kd["flops"] == pytest.approx(control["flops"])
+    assert (control["steps"], kd["steps"], policy["steps"]) == (8, 6, 4)
+
+
+def test_a_training_loss_is_the_cross_entropy_in_it(finished: Chain, findings: dict[str, Any]) -> None:
+    for name, student in by_name(findings).items():
+        lines = (finished[f"students/{name}"].path / "training.jsonl").read_text().splitlines()
+        points = [json.loads(line) for line in lines]
+        key = "cross_entropy" if name in ("kd", "policy") else "train_loss"
+        assert [point["cross_entropy"] for point in student["curve"]] == [point[key] for point in points]
+        assert student["final_cross_entropy"] == points[-1][key]
+        assert all(
+            point["train_loss"] == own["train_loss"] for point, own in zip(student["curve"], points, strict=True)
+        )
+    kd = by_name(findings)["kd"]
+    assert kd["final_train_loss"] == pytest.approx(
+        (kd["final_cross_entropy"] + kd["curve"][-1]["teacher_term"]) / 2, abs=1e-4
+    )
+
+
+def test_the_comparison_is_paired_by_instance(finished: Chain, findings: dict[str, Any]) -> None:
+    comparison = findings["comparisons"][0]
+    assert (comparison["student"], comparison["unit"]) == ("student", "nats per token")
     student, control = (open_evaluation(finished[f"evaluate/{n}"].path).scores for n in ("student", "control"))
     gaps = (control.logp - student.logp) / student.n_tokens  # all instances have as many tokens here
     assert comparison["difference"] == pytest.approx(gaps.mean())
     assert comparison["se"] == pytest.approx(gaps.std(ddof=1) / len(gaps) ** 0.5)
     clear = abs(comparison["difference"]) >= 2 * comparison["se"]
     assert (comparison["verdict"] != "within noise") == clear
+
+
+def test_a_tokenizer_of_its_own_is_compared_in_bits_per_byte(findings: dict[str, Any]) -> None:
+    students = by_name(findings)
+    assert [name for name, one in students.items() if one["own_tokenizer"]] == ["family"]
+    family = students["family"]
+    assert [one["kind"] for one in family["made_of"]] == ["retokenised", "generated", "selection"]
+    assert family["loss"] is family["loss_se"] is family["curve"][-1]["held_out_loss"] is None
+    assert all(row["loss"] is None and row["bits_per_byte"] > 0 for row in family["by_source"])
+    comparison = findings["comparisons"][-1]
+    assert comparison["student"] == "family"
+    assert comparison["unit"] == "bits per byte"
+    gap = family["bits_per_byte"] - students["control"]["bits_per_byte"]
+    assert comparison["difference"] == pytest.approx(gap)
+    assert comparison["bits_difference"] == pytest.approx(gap)
+    assert comparison["same_loss"] is None
+
+
+def test_the_error_of_a_difference_in_bits_is_that_of_leaving_out_each_instance() -> None:
+    draw = np.random.default_rng(0)
+    count = 200
+    hard = draw.gamma(5, 1, count)
+
+    def scores(shift: float) -> Scores:
+        n_bytes = draw.integers(80, 120, count).astype(np.int32)
+        logp = -n_bytes * (1 + 0.1 * hard + shift + 0.02 * draw.standard_normal(count))
+        return Scores(logp, n_bytes // 3, n_bytes, np.zeros(count, np.int32), ("s",), packed="same")
+
+    def bits(one: Scores, rows: np.ndarray) -> float:
+        return float(-one.logp[rows].sum() / np.log(2) / one.n_bytes[rows].sum())
+
+    student, control = scores(0.0), scores(0.01)
+    found = compare_bits(student, control)
+    every = np.arange(count)
+    assert found.value == pytest.approx(bits(student, every) - bits(control, every))
+    without = [bits(student, rest) - bits(control, rest) for rest in (np.delete(every, row) for row in every)]
+    jackknife = ((count - 1) / count * np.sum((without - np.mean(without)) ** 2)) ** 0.5
+    assert found.standard_error == pytest.approx(jackknife, rel=0.05)
+
+
+def test_the_control_is_plainly_pre_trained_on_what_chance_chose(finished: Chain) -> None:
+    def control(**data: str) -> str | None:
+        students = {
+            name: finished.recipe.students["kd" if name.startswith("kd") else "control"].model_copy(
+                update={"data": chosen}
+            )
+            for name, chosen in data.items()
+        }
+        return control_of(finished.recipe.model_copy(update={"students": students}))
+
+    assert control(kd="random", a="written", b="difference", c="pool", d="random") == "d"
+    assert control(kd="pool", a="other", c="pool") == "c"
+    assert control(kd="random", kd2="pool", a="written", b="difference") is None
+
+
+def test_data_made_for_students_is_counted(finished: Chain, findings: dict[str, Any]) -> None:
+    (written,), (other,) = findings["generated"], findings["retokenized"]
+    counts = artifact.read(finished["generate/written"].path).counts
+    for key in ("instances", "kept_unchanged", "generated_tokens", "tokens_out", "prompt_tokens"):
+        assert written[key] == counts[key]
+    assert written["data"] == "random"
+    for one in written["examples"]:
+        packed = open_packed(finished["generate/written"].path)
+        assert packed.text(one["row"]).startswith(one["prompt"][:10])
+        assert one["written"]
+    counts = artifact.read(finished["retokenize/other"].path).counts
+    assert all(other[key] == counts[key] for key in other.keys() & counts.keys())
+    assert other["bytes_in"] == other["bytes_out"] > 0
+    for stage in ("generate/written", "retokenize/other"):
+        lines = list(show(finished[stage].path))
+        first = lines.index("the first instances") + 1
+        assert all(len(line.split(maxsplit=1)[1]) > 10 for line in lines[first : first + 3])
+
+
+def test_the_tables_agree_with_the_findings(finished: Chain, findings: dict[str, Any]) -> None:
+    page = write_report(finished).read_text()
+    rows = {row["name"]: row for row in csv.DictReader((finished.root / "students.csv").read_text().splitlines())}
+    assert list(rows) == list(STUDENTS)
+    for name, student in by_name(findings).items():
+        row = rows[name]
+        for key in ("tokens", "steps", "flops", "matched_share", "train_seconds", "tokens_per_s", "final_train_loss"):
+            assert float(row[key]) == student[key], (name, key)
+        assert row["loss"] == ("" if student["loss"] is None else str(student["loss"]))
+        (shown,) = re.findall(rf'<tr><th scope="row" class="name">{name}</th>(.*?)</tr>', page, re.DOTALL)
+        cells = [" ".join(re.sub("<[^>]*>", " ", cell).split()) for cell in re.findall("<td.*?</td>", shown, re.DOTALL)]
+        assert cells[2].split()[0] == f"{student['steps']:,}"
+        assert cells[6] == f"{student['share_of_matmul_rate']:.1%}"
+        assert ("by " in cells[2]) == (student["match"] is not None)
+    assert rows["family"]["made_of"] == "retokenised from written, generated from random"
+    assert rows["kd"]["objective"] == "vanilla_kd λ=0.5"
+    assert rows["family"]["unit"] == "bits per byte"
+
+
+def test_what_is_printed_leaves_nothing_out(finished: Chain, findings: dict[str, Any]) -> None:
+    write_report(finished)
+    lines = [line for line in summary(finished).splitlines() if "nats per token" not in line]  # that is a heading
+    for name in STUDENTS:
+        assert sum(line.startswith(f"{name} ") for line in lines) == 2
+    family, family_took = (line for line in lines if line.startswith("family "))
+    assert " – " in family
+    assert "bits/byte" in family
+    assert family_took.endswith(" –"), "its training loss is of other tokens"
+    assert any(line.startswith("kd ") and " 75.0% " in line for line in lines)
+    (written,) = findings["generated"]
+    assert any(line.startswith("written: ") and f"{written['generated_tokens']:,} tokens" in line for line in lines)
+    assert any(line.startswith("other: ") and "bytes in" in line for line in lines)
 
 
 def test_examples_are_what_their_headings_say(finished: Chain) -> None:
@@ -97,6 +282,14 @@ def test_the_histogram_counts_every_instance(finished: Chain) -> None:
     assert len(scores["edges"]) == len(scores["counts"]) + 1
 
 
+def test_a_report_of_an_earlier_schema_is_made_anew(finished: Chain) -> None:
+    write_report(finished)
+    path = finished.root / "report.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 1}))
+    write_report(finished)
+    assert json.loads(path.read_text())["schema"] > 1
+
+
 def test_the_report_is_written_once_and_again_when_settings_change(finished: Chain) -> None:
     page = write_report(finished)
     written = page.stat().st_mtime_ns
@@ -111,7 +304,7 @@ def test_the_report_is_written_once_and_again_when_settings_change(finished: Cha
     assert "student" in table
     rows = (finished.root / "evaluations.csv").read_text().splitlines()
     assert rows[0] == "model,dataset,source,metric,value,standard_error,n"
-    assert {row.split(",")[0] for row in rows[1:]} == {"teacher", "reference", "control", "student"}
+    assert {row.split(",")[0] for row in rows[1:]} == {"teacher", "reference", *STUDENTS}
 
 
 def test_tokens_to_reach_a_loss_by_hand() -> None:

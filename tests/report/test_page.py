@@ -72,7 +72,7 @@ class Document(HTMLParser):
         return [text.removeprefix("\n") for text in found] if tags[-1] == "pre" else found  # as browsers do
 
     def words(self) -> str:
-        return " ".join("".join(text for path, text in self.text if "style" not in path).split())
+        return " ".join(" ".join(text for path, text in self.text if "style" not in path).split())
 
 
 def parse(html: str) -> Document:
@@ -87,11 +87,19 @@ def headline_of(html: str) -> str:
     return " ".join(Document(found[1]).words().split())
 
 
+def said(findings: dict[str, Any]) -> str:
+    """The headline, without the page around it."""
+    return Document(str(page.headline(findings))).words()
+
+
 def student(name: str, data: str, loss: float, tokens: int = 1998848) -> dict[str, Any]:
     curve = [
         {
+            "step": step,
             "tokens": tokens * step // 8,
+            "flops": 8e6 * (tokens * step // 8),
             "train_loss": loss + 4 / step,
+            "cross_entropy": loss + 4 / step,
             "held_out_loss": loss + 3 / step,
             "learning_rate": 0.001,
         }
@@ -102,16 +110,21 @@ def student(name: str, data: str, loss: float, tokens: int = 1998848) -> dict[st
         for source, shift in (("torch", -0.2), ("numpy", 0.1))
     ]
     return {
-        "name": name, "data": data, "parameters": 1329792, "tokens": tokens, "epochs": 0.98, "flops": 1.6e13,
-        "seconds": 105.2, "loss": loss, "loss_se": 0.03, "bits_per_byte": 2.31, "bits_per_byte_se": 0.01,
+        "name": name, "data": data, "made_of": [{"name": data, "kind": "selection"}], "tokenizer": "ours",
+        "own_tokenizer": False, "objective": {"name": "next_token"}, "match": None, "model_type": "qwen2",
+        "parameters": 1329792, "tokens": tokens, "steps": 1952, "batch_tokens": 1024, "learning_rate": 0.001,
+        "instances": 8000, "epochs": 0.98, "matched_share": 1.0, "flops": 8e6 * tokens, "final_train_loss": loss + 0.5,
+        "final_cross_entropy": loss + 0.5, "seconds": 110.0, "resumed": False, "train_seconds": 105.2,
+        "tokens_per_s": 19000, "flops_per_s": 1.5e11, "share_of_matmul_rate": 0.42, "device": "cpu", "processes": 1,
+        "loss": loss, "loss_se": 0.03, "bits_per_byte": 2.31, "bits_per_byte_se": 0.01,
         "by_source": by_source, "curve": curve, "path": f"students/{name}-1a2b3c4d5e6f",
     }  # fmt: skip
 
 
 def comparison(name: str, difference: float, verdict: str) -> dict[str, Any]:
     return {
-        "student": name, "control": "control", "difference": difference, "se": 0.011, "instances": 972,
-        "verdict": verdict, "same_loss": None,
+        "student": name, "control": "control", "unit": "nats per token", "difference": difference, "se": 0.011,
+        "bits_difference": 0.5 * difference, "instances": 972, "verdict": verdict, "same_loss": None,
     }  # fmt: skip
 
 
@@ -134,15 +147,61 @@ def example(text: str) -> dict[str, Any]:
 
 
 def model(role: str, loss: float) -> dict[str, Any]:
-    keys = ("parameters", "loss", "loss_se", "bits_per_byte", "bits_per_byte_se", "by_source")
-    return {"role": role} | {key: value for key, value in student("", "", loss).items() if key in keys}
+    absent = ("name", "data", "made_of", "tokenizer", "own_tokenizer")
+    return {"role": role} | {key: value for key, value in student("", "", loss).items() if key not in absent}
+
+
+def distilled(name: str, objective: dict[str, Any], match: str | None = None) -> dict[str, Any]:
+    """A student whose loss is another quantity, 1 nat above the cross entropy in it, at twice the cost of a token."""
+    one = student(name, "random", 5.3, tokens=999424)
+    curve = [
+        point | {"train_loss": point["train_loss"] + 1, "flops": 2 * point["flops"], "teacher_term": 2.0}
+        for point in one["curve"]
+    ]
+    return one | {
+        "objective": objective, "match": match, "matched_share": 0.5, "flops": 2 * one["flops"], "curve": curve,
+        "final_train_loss": 6.8,
+    }  # fmt: skip
+
+
+def retokenised(name: str) -> dict[str, Any]:
+    """A student with a tokenizer of its own."""
+    one = student(name, "other", 3.0)
+    unknown = dict.fromkeys(("loss", "loss_se"))
+    return one | unknown | {
+        "made_of": [
+            {"name": "other", "kind": "retokenised"},
+            {"name": "written", "kind": "generated"},
+            {"name": "random", "kind": "selection"},
+        ],
+        "tokenizer": "theirs", "own_tokenizer": True,
+        "curve": [point | {"held_out_loss": None} for point in one["curve"]],
+        "by_source": [row | unknown for row in one["by_source"]],
+    }  # fmt: skip
+
+
+KD = {"name": "vanilla_kd", "share": 0.5, "temperature": 1.0, "dtype": "bfloat16"}
+GENERATED = {
+    "name": "written", "data": "random", "temperature": 0.7, "top_p": 0.95, "instances": 1501, "kept_unchanged": 17,
+    "generated_tokens": 385792, "tokens_out": 1537000, "prompt_tokens": 768, "sequence_length": 1024, "teacher_flops": 1.5e12,
+    "by_source": {"torch": 1501}, "tokens_per_s": 7606, "path": "generated/written-1a",
+    "examples": [
+        {"row": 4, "source": "torch", "documents": ["x.py"], "prompt": "def f(x):", "written": "\n    return 7"}
+    ],
+}  # fmt: skip
+RETOKENIZED = {
+    "name": "other", "data": "written", "tokenizer": "theirs", "of": 1502, "instances_in": 1503, "instances": 1504,
+    "bytes_in": 7654321, "bytes_out": 7654321, "tokens_in": 2000010, "tokens_out": 2000000, "leftover_tokens": 10,
+    "pieces": 2345, "joined_instances": 0, "cut_pieces": 1499, "sequence_length": 1024, "vocab_size": 50304,
+    "by_source": {"torch": 1504}, "path": "retokenized/other-2b",
+}  # fmt: skip
 
 
 def full_findings() -> dict[str, Any]:
     same_loss = {"control_tokens": 2000000, "student_tokens": 1700000, "ratio": 1.18, "note": "1.7M of 2.0M tokens"}
     parts = ("documents", "text_bytes", "tokens_in", "tokens_out", "leftover_tokens", "instances")
     return {
-        "schema": 1,
+        "schema": 2,
         "name": "quickstart",
         "control": "control",
         "students": [
@@ -169,6 +228,8 @@ def full_findings() -> dict[str, Any]:
             selection("ranked", "difference", None, 0.5),
             selection("random", "random", None, 0.5),
         ],
+        "generated": [],
+        "retokenized": [],
         "effects": {
             "easy_dropped": [example("MIT licence"), example("same again")],
             "hard_kept": [example("def f(x):\n    return x")],
@@ -180,7 +241,10 @@ def full_findings() -> dict[str, Any]:
             "parts": {"pool": dict.fromkeys(parts, 1234567), "held_out": dict.fromkeys(parts, 89)},
         },
         "stages": [
-            {"name": "prepare", "seconds": 8.7, "resumed": True, "path": "corpus-1a", "fingerprint": "ab12" * 16},
+            {
+                "name": "prepare", "seconds": 8.7, "resumed": True, "tokens_per_s": None, "path": "corpus-1a",
+                "fingerprint": "ab12" * 16,
+            },
         ],
         "recipe": "name: quickstart\n",
         "versions": {"python": "3.11.7", "torch": "2.13.0"},
@@ -188,14 +252,40 @@ def full_findings() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def distillation_findings() -> dict[str, Any]:
+    """The same with distilled students, one of them with a tokenizer of its own, and the data made for them."""
+    found = full_findings()
+    found["students"] += [
+        distilled("kd", KD, "flops"),
+        distilled("policy", {"name": "minillm", "teacher_mix": 0.2}),
+        distilled("own", {"name": "package.module:Class", "beta": "</td><script>"}),
+        retokenised("family"),
+    ]
+    for point in found["students"][-2]["curve"]:
+        point["cross_entropy"] = None
+    found["students"][-2]["final_cross_entropy"] = None
+    found["comparisons"] += [
+        comparison("kd", 0.1, "worse"),
+        comparison("policy", 0.2, "worse"),
+        comparison("own", 0.2, "worse"),
+        comparison("family", 0.04, "worse") | {"unit": "bits per byte", "bits_difference": 0.04},
+    ]
+    return found | {"generated": [copy.deepcopy(GENERATED)], "retokenized": [copy.deepcopy(RETOKENIZED)]}
+
+
 @pytest.fixture
 def findings() -> dict[str, Any]:
     return full_findings()
 
 
+@pytest.fixture
+def distillation() -> dict[str, Any]:
+    return distillation_findings()
+
+
 @pytest.fixture(scope="module")
 def harmless() -> Document:
-    return parse(page.render(with_text(full_findings(), lambda text: f"{text} x")))
+    return parse(page.render(with_text(distillation_findings(), lambda text: f"{text} x")))
 
 
 @pytest.fixture
@@ -205,10 +295,14 @@ def empty(findings: dict[str, Any]) -> dict[str, Any]:
     return findings | lists | {"control": None, "scores": None, "effects": effects, "versions": {}, "recipe": ""}
 
 
+FIXED = ("verdict", "role", "normalize", "within", "sampler", "unit", "kind", "match", "tokenizer")
+METHODS = ("next_token", "vanilla_kd", "minillm")
+
+
 def with_text(value: Any, change: Callable[[str], str], key: str = "") -> Any:
     """The same findings with every free text changed; words that the schema fixes stay."""
     if isinstance(value, str):
-        return value if key in ("verdict", "role", "normalize", "within", "sampler") else change(value)
+        return value if key in FIXED or (key == "name" and value in METHODS) else change(value)
     if isinstance(value, list):
         return [with_text(one, change, key) for one in value]
     if isinstance(value, dict):
@@ -219,15 +313,15 @@ def with_text(value: Any, change: Callable[[str], str], key: str = "") -> Any:
 
 def test_every_part_of_the_full_page_is_there(findings: dict[str, Any]) -> None:
     document = parse(page.render(findings))
-    assert Counter(document.tags)["svg"] == 4
+    assert Counter(document.tags)["svg"] == 5
     assert set(document.svg_tags) <= SVG_TAGS
     assert document.inside("title") == ["quickstart – MiniPLM report"]
     assert document.inside("article", "pre") == ["MIT licence", "same again", "def f(x):\n    return x"]
     assert "name: quickstart\n" in document.inside("details", "pre")
     words = document.words()
     for expected in (
-        "5.118 ± 0.030", "−0.052 ± 0.011", "within noise", "1.33M", "1 min 45 s", "1.6 × 10¹³ FLOP",
-        "1.7M of 2.0M tokens",
+        "5.118 ± 0.030", "−0.052 ± 0.011", "within noise", "1.33M", "1 min 45 s", "1.6 × 10¹³",
+        "0.98 epochs", "42.0%", "19k", "1.7M of 2.0M tokens",
         "no instance scored below 0", "1,234,567", "1.3% are below 0", "ab12ab12ab12", "resumed", "torch 2.13.0",
         "one seed per student", "± is one standard error", "1,500 of 3,000",
     ):  # fmt: skip
@@ -243,7 +337,7 @@ def test_figures_show_the_names_and_numbers(findings: dict[str, Any]) -> None:
 def test_tables_and_figures_are_described(findings: dict[str, Any]) -> None:
     document = parse(page.render(findings))
     tags = Counter(document.tags)
-    assert tags["table"] == tags["caption"] == 6
+    assert tags["table"] == tags["caption"] == 7
     scopes = [value for tag, name, value in document.attributes if (tag, name) == ("th", "scope")]
     assert len(scopes) == tags["th"]
     assert set(scopes) == {"col", "row", "rowgroup"}
@@ -253,12 +347,78 @@ def test_tables_and_figures_are_described(findings: dict[str, Any]) -> None:
 
 
 def test_what_was_not_measured_is_a_dash(findings: dict[str, Any]) -> None:
-    unknown = dict.fromkeys(("parameters", "loss", "loss_se", "bits_per_byte", "bits_per_byte_se", "seconds", "flops"))
-    findings["students"][0] |= unknown
+    findings["students"][0] |= dict.fromkeys(
+        (
+            "loss", "loss_se", "bits_per_byte", "bits_per_byte_se", "train_seconds", "tokens_per_s", "device",
+            "share_of_matmul_rate", "processes",
+        )
+    )  # fmt: skip
     findings["stages"][0]["seconds"] = None
     document = parse(page.render(findings))
-    assert "miniplm difference – – −0.052 ± 0.011 better 2M 0.98 epochs – – – FLOP" in document.words()
-    assert not {"None", "nan"} & set(document.words().split())
+    words = document.words()
+    assert "miniplm next_token difference 5.618 – – −0.052 ± 0.011 better" in words
+    assert "miniplm 1.33M qwen2 2M 0.98 epochs 1,952 1.6 × 10¹³ – – – –" in words
+    assert not {"None", "nan"} & set(words.split())
+
+
+def test_models_that_were_given_have_no_training(findings: dict[str, Any]) -> None:
+    loss = ("role", "loss", "loss_se", "bits_per_byte", "bits_per_byte_se", "by_source")
+    findings["models"] = [{key: one[key] if key in loss else None for key in one} for one in findings["models"]]
+    words = parse(page.render(findings)).words()
+    assert "teacher – – – 2.310 ± 0.030" in words
+    assert words.count("The models that scored the pool") == 1, "what training took is told of the students alone"
+
+
+def test_distilled_students_are_told_from_plain_ones(distillation: dict[str, Any]) -> None:
+    document = parse(page.render(distillation))
+    words = document.words()
+    assert "kd vanilla_kd λ=0.5 random 5.800 minimised 6.800 5.300 ± 0.030" in words
+    assert "own package.module:Class random – minimised 6.800 5.300" in words
+    assert "999k 0.98 epochs 1,952 50.0% by flops 1.6 × 10¹³" in words
+    assert "Drawn of kd , which minimise something else, is the cross entropy in it." in words
+    assert "Of policy it is that of the prompts" in words
+    assert "Not drawn, as the objective reports no cross_entropy : own ." in words
+    drawn = Counter(text for path, text in document.text if path[-1:] == ("text",))
+    assert drawn["own  5.675"] == drawn["kd  5.675"] == 2, "held-out loss against tokens and against operations"
+    assert drawn["kd  5.800"] == drawn["policy  5.800"] == 1, "cross entropy, not what is minimised"
+    assert "training operations, 10¹³ FLOP, a teacher's included" in drawn
+    assert not any(text.endswith("  6.800") for text in drawn)
+
+
+def test_nats_of_other_tokens_stand_nowhere_beside_ours(distillation: dict[str, Any]) -> None:
+    document = parse(page.render(distillation))
+    words = document.words()
+    origin = "retokenised from written, generated from random"
+    assert f"family next_token other {origin} – – 2.310 ± 0.010 +0.040 ± 0.011 bits per byte, worse" in words
+    assert "Without a curve here, as its tokens are others: family ." in words
+    labels = [value for tag, name, value in document.attributes if (tag, name) == ("svg", "aria-label")]
+    (own,) = [label for label in labels if "family" in label]
+    assert "miniplm" not in own, "a figure of its own"
+    assert "– 2.200 bits/byte" in words, "by source"
+
+
+def test_where_a_token_costs_all_students_the_same_one_figure_is_enough(findings: dict[str, Any]) -> None:
+    words = parse(page.render(findings)).words()
+    assert "Each token cost every student 8.0 × 10⁶ operations" in words
+    assert "The same against training operations" not in words
+
+
+def test_the_data_made_for_students_is_counted(distillation: dict[str, Any]) -> None:
+    document = parse(page.render(distillation))
+    words = document.words()
+    assert "written random 1,501 17 385,792 1,537,000 768 0.7 top p 0.95 7.61k" in words
+    assert "other written vocabulary of 50,304 1,503 of 1,502 7,654,321 7,654,321 2,000,010 2,000,000" in words
+    assert document.inside("details", "article", "pre") == ["def f(x):", "\n    return 7"]
+
+
+def test_a_student_looks_the_same_in_every_figure(distillation: dict[str, Any]) -> None:
+    students = distillation["students"]
+    whole = figures.loss_curves(students, "control", "cross_entropy")
+    alone = figures.loss_curves(students, "control", "cross_entropy", only=["family"])
+    colour = "--series-6"  # the sixth that is not the control
+    assert colour in alone
+    assert colour in whole
+    assert "--series-1" not in alone
 
 
 def test_an_empty_run_renders(empty: dict[str, Any]) -> None:
@@ -312,11 +472,31 @@ def test_the_headline_without_a_control_claims_nothing(findings: dict[str, Any])
 
 
 def test_the_headline_names_unequal_budgets_and_other_controls(findings: dict[str, Any]) -> None:
-    findings["students"][0]["tokens"] = 4000000
+    findings["students"][0] |= {"tokens": 4000000, "flops": 3.2e13}
     findings["selections"][2]["sampler"] = "reference"
     assert headline_of(page.render(findings)).startswith(
         "With 4M training tokens against 2M, miniplm is 0.052 ± 0.011 nats per token better than the control."
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"tokens": 1000000}, "At equal training operations, 1M training tokens against 2M, miniplm is"),
+        ({"flops": 3.2e13}, "At equal tokens and 2 times the training operations, miniplm is"),
+        ({"tokenizer": "theirs"}, "At equal tokens, each of its own tokenizer, miniplm is"),
+    ],
+)
+def test_the_headline_says_what_was_equal(findings: dict[str, Any], changes: dict[str, Any], expected: str) -> None:
+    findings["students"][0] |= changes
+    assert said(findings).startswith(expected)
+
+
+def test_the_headline_orders_students_of_different_tokenizers_by_bits(distillation: dict[str, Any]) -> None:
+    ours, theirs = comparison("kd", 0.1, "worse"), distillation["comparisons"][-1]
+    assert " family is 0.040 ± 0.011 bits per byte worse" in said(distillation | {"comparisons": [ours, theirs]})
+    ours["bits_difference"] = 0.03
+    assert " kd is 0.100 ± 0.011 nats per token worse" in said(distillation | {"comparisons": [ours, theirs]})
 
 
 def test_the_headline_says_when_the_control_has_the_whole_pool(findings: dict[str, Any]) -> None:
@@ -325,8 +505,8 @@ def test_the_headline_says_when_the_control_has_the_whole_pool(findings: dict[st
 
 
 @pytest.mark.parametrize("hostile", HOSTILE, ids=ascii)
-def test_hostile_text_changes_no_structure(findings: dict[str, Any], harmless: Document, hostile: str) -> None:
-    html = page.render(with_text(findings, lambda text: f"{text} {hostile}"))
+def test_hostile_text_changes_no_structure(distillation: dict[str, Any], harmless: Document, hostile: str) -> None:
+    html = page.render(with_text(distillation, lambda text: f"{text} {hostile}"))
     html.encode("utf-8")
     document = parse(html)
     assert document.tags == harmless.tags
@@ -370,8 +550,8 @@ def test_the_page_refers_to_nothing_outside(findings: dict[str, Any]) -> None:
     assert any(value.startswith("default-src 'none';") for value in policy)
 
 
-def test_references_inside_figures_resolve_once(findings: dict[str, Any]) -> None:
-    document = parse(page.render(findings))
+def test_references_inside_figures_resolve_once(distillation: dict[str, Any]) -> None:
+    document = parse(page.render(distillation))
     identifiers = Counter(value for _, name, value in document.attributes if name == "id")
     assert set(identifiers.values()) == {1}
     for _, name, value in document.attributes:
@@ -399,14 +579,15 @@ def test_a_threshold_on_another_scale_is_not_drawn(findings: dict[str, Any]) -> 
     assert not [text for path, text in document.text if "svg" in path and text.startswith("threshold")]
 
 
-def test_training_loss_stands_in_where_held_out_loss_was_not_measured(findings: dict[str, Any]) -> None:
+def test_training_loss_is_there_where_held_out_loss_was_not_measured(findings: dict[str, Any]) -> None:
     for one in findings["students"]:
         for point in one["curve"]:
             point["held_out_loss"] = None
-        one["curve"][0]["train_loss"] = float("nan")
+        one["curve"][0]["cross_entropy"] = None
     document = parse(page.render(findings))
-    assert "loss on the training text" in {text for path, text in document.text if "svg" in path}
-    assert "Training loss (held-out loss was not measured on the way)" in document.words()
+    drawn = {text for path, text in document.text if "svg" in path}
+    assert "cross entropy on the training text" in drawn
+    assert "held-out loss" not in drawn
 
 
 def test_many_students_and_sources(findings: dict[str, Any]) -> None:
@@ -420,7 +601,7 @@ def test_many_students_and_sources(findings: dict[str, Any]) -> None:
     drawn = Counter(text for path, text in document.text if path[-1:] == ("text",))
     assert sum(text.startswith("source ") for text in drawn) == figures.SOURCES_SHOWN
     assert sum(text.startswith("selection ") for text in drawn) == figures.SELECTIONS_SHOWN
-    assert sum(text.startswith("student ") for text in drawn) == 19
+    assert sum(text.startswith("student ") for text in drawn) == 2 * 19  # their ends differ in the two figures
     assert "The 20 largest of 60 sources. The first 6 of 20 selections." in document.words()
     assert {f"source {n:02}" for n in range(60)} <= set(document.inside("tr", "th"))
 

@@ -12,7 +12,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -61,6 +61,7 @@ STYLE: dict[Any, Any] = {
     "ytick.major.size": 0,
 }
 ABSENT = "–"
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 LINE_HEIGHT = 17.0  # from one label to the next
 
 
@@ -74,30 +75,50 @@ def _style() -> Iterator[None]:
 
 
 @_style()
-def loss_curves(students: Sequence[Mapping[str, Any]], control: str | None, key: str = "held_out_loss") -> str:
-    """Loss against training tokens, a line for each student, the control in the colour of the text.
+def loss_curves(
+    students: Sequence[Mapping[str, Any]],
+    control: str | None,
+    key: str = "held_out_loss",
+    against: str = "tokens",
+    only: Collection[str] | None = None,
+) -> str:
+    """Loss against what it took, a line for each student, the control in the colour of the text.
 
-    `key` is "held_out_loss" or "train_loss"; students without a finite value of it are left out.
+    Args:
+        students: all of them: a student looks the same in every figure.
+        control: the control's name.
+        key: "held_out_loss" or "cross_entropy", that of the training text; who has no finite value of it is left out.
+        against: "tokens", or "flops": training operations.
+        only: names of those to draw; None draws all.
+
     """
-    points = {student["name"]: _points(student["curve"], key) for student in students}
-    points = {name: values for name, values in points.items() if values}
+    styles = _line_styles([student["name"] for student in students], control)
+    points = {student["name"]: _points(student["curve"], against, key) for student in students}
+    points = {name: values for name, values in points.items() if values and (only is None or name in only)}
     if not points:
         return ""
     height = 330 + LINE_HEIGHT * max(0, len(points) - 14)
     figure, axes = _figure(height)
     last = {name: values[-1] for name, values in points.items()}
-    colours = iter((colour, dash) for dash in DASHES for colour in SERIES)
-    styles = {name: (INK, "solid") if name == control else next(colours) for name in points}
+    furthest = max(taken for taken, _ in last.values()) or 1
     for name, values in points.items():
         colour, dash = styles[name]
-        marker = "o" if len(values) == 1 else None
-        axes.plot(*zip(*values, strict=True), color=colour, linestyle=dash, linewidth=1.8, marker=marker)
-    axes.set_xlim(0, max(tokens for tokens, _ in last.values()) or 1)
+        axes.plot(*zip(*values, strict=True), color=colour, linestyle=dash, linewidth=1.8)
+        if len(values) == 1 or values[-1][0] < furthest:  # or its end is not told from the line to its name
+            axes.plot(*values[-1], color=colour, marker="o", markersize=4.5)
+    axes.set_xlim(0, furthest)
     axes.set_ylim(*_loss_limits(list(points.values())))
     axes.grid(axis="y")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
-    axes.set_xlabel("training tokens")
-    axes.set_title("loss on the training text" if key == "train_loss" else "held-out loss", pad=10)
+    if against == "tokens":
+        unit = "tokens"
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+        axes.set_xlabel("training tokens")
+    else:
+        unit, exponent = "operations", math.floor(math.log10(furthest))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 10**exponent:.3g}"))
+        axes.set_xlabel(f"training operations, 10{superscript(exponent)} FLOP, a teacher's included")
+    what = "held-out loss" if key == "held_out_loss" else "cross entropy on the training text"
+    axes.set_title(what, pad=10)
     axes.set_ylabel("nats per token")
     bottom, top = axes.get_ylim()
     label_heights = _spread([loss for _, loss in last.values()], (top - bottom) * LINE_HEIGHT / (height - 60))
@@ -110,10 +131,23 @@ def loss_curves(students: Sequence[Mapping[str, Any]], control: str | None, key:
             verticalalignment="center",
             fontweight="bold" if name == control else "normal",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": styles[name][0], "relpos": (0, 0.5), "shrinkA": 2, "shrinkB": 0},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": styles[name][0],
+                "linewidth": 0.8,
+                "linestyle": "dotted",
+                "relpos": (0, 0.5),
+                "shrinkA": 2,
+                "shrinkB": 0,
+            },
         )
-    ends = ", ".join(f"{name} {loss:.3f} after {compact(tokens)} tokens" for name, (tokens, loss) in last.items())
-    return _svg(figure, "loss-curves", f"Lines: loss in nats per token against training tokens. At the end: {ends}.")
+    taken = compact if against == "tokens" else power
+    ends = ", ".join(f"{name} {loss:.3f} after {taken(amount)} {unit}" for name, (amount, loss) in last.items())
+    return _svg(
+        figure,
+        f"loss-curves {key} {against} {' '.join(points)}",
+        f"Lines: {what} in nats per token against training {unit}. At the end: {ends}.",
+    )
 
 
 @_style()
@@ -248,6 +282,19 @@ def compact(value: float | None) -> str:
     return f"{value:.3g}"
 
 
+def power(value: float | None) -> str:
+    """`1.6 × 10¹³`; a dash where there is none."""
+    if value is None:
+        return ABSENT
+    digits, _, exponent = f"{value:.1e}".partition("e")
+    return f"{digits} × 10{superscript(int(exponent or 0))}"
+
+
+def superscript(value: int) -> str:
+    """`⁻¹²`."""
+    return str(value).translate(SUPERSCRIPTS)
+
+
 def _figure(height: float) -> tuple[Figure, Axes]:
     """A transparent figure with one pair of axes."""
     figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
@@ -271,15 +318,22 @@ def _mark(axes: Axes, value: float, text: str, dash: str, *, to_the_right: bool)
     )
 
 
-def _points(curve: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
-    """(tokens, loss) where the loss was measured and is finite."""
-    return [(point["tokens"], point[key]) for point in curve if point[key] is not None and math.isfinite(point[key])]
+def _line_styles(names: Sequence[str], control: str | None) -> dict[str, tuple[str, str]]:
+    """Colour and dash of each name's line."""
+    free = iter((colour, dash) for dash in DASHES for colour in SERIES)
+    return {name: (INK, "solid") if name == control else next(free, (MUTED, "solid")) for name in names}
 
 
-def _loss_limits(curves: Sequence[Sequence[tuple[int, float]]]) -> tuple[float, float]:
+def _points(curve: Sequence[Mapping[str, Any]], against: str, key: str) -> list[tuple[float, float]]:
+    """(tokens or operations, loss) where the loss was measured and is finite."""
+    pairs = [(point.get(against), point.get(key)) for point in curve]
+    return [(taken, loss) for taken, loss in pairs if taken is not None and loss is not None and math.isfinite(loss)]
+
+
+def _loss_limits(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[float, float]:
     """The frame from the lowest loss to the highest one after `CROP_BEFORE` of training."""
     low = min(loss for points in curves for _, loss in points)
-    high = max(loss for points in curves for tokens, loss in points if tokens >= CROP_BEFORE * points[-1][0])
+    high = max(loss for points in curves for taken, loss in points if taken >= CROP_BEFORE * points[-1][0])
     margin = 0.04 * (high - low) or 0.05
     return low - margin, high + margin
 

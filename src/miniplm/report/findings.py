@@ -1,15 +1,14 @@
 """What a finished run found, gathered from its artifacts into plain JSON types: `report.json`, and what the page shows.
 
-Nothing is measured here: figures come from manifests, scores, evaluations and loss curves. The one derived thing is how
-many tokens the control would need, read off the measured curves by linear interpolation in log tokens.
+Nothing is measured here: figures come from manifests, scores, evaluations and loss curves. What is said of models and
+students is gathered in `training.py`, of the data made for them in `made_data.py`.
 """
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
-from math import exp, log
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,18 +17,19 @@ from numpy.typing import NDArray
 
 from miniplm import artifact
 from miniplm.analysis.agreement import agreement
-from miniplm.evaluation.evaluate import Evaluation, open_evaluation
-from miniplm.evaluation.loss import ALL, compare
+from miniplm.evaluation.evaluate import open_evaluation
 from miniplm.packing.instances import Packed, open_packed
 from miniplm.packing.prepare import open_corpus
 from miniplm.packing.sample import pool_rows
 from miniplm.pipeline.chain import Chain, Stage
+from miniplm.report.made_data import generated, retokenized
+from miniplm.report.training import comparisons, control_of, scoring_model, student
 from miniplm.sampling.base import open_selection
 from miniplm.sampling.difference import differences
 from miniplm.scoring.base import Normalize, Scores, open_scores
 from miniplm.scoring.proxy import FIGURES, HELD_OUT
-from miniplm.training.checkpoint import read_curve
 
+SCHEMA = 2  # of the findings; a report of another schema is made anew
 HISTOGRAM_BINS = 80
 EXAMPLES = 3
 EXAMPLE_CHARACTERS = 700
@@ -57,8 +57,8 @@ def gather(stages: Chain) -> dict[str, Any]:
     recipe = stages.recipe
     corpus = open_corpus(stages["prepare"].path)
     evaluations = {name: open_evaluation(stage.path) for name, stage in stages.within("evaluate")}
-    control = _control(stages)
-    students = [_student(stages, name, evaluations.get(name)) for name in recipe.students]
+    control, tokenizer = control_of(recipe), corpus.manifest.counts["tokenizer"]
+    students = [student(stages, name, evaluations.get(name), tokenizer) for name in recipe.students]
     scores = {name: open_scores(stage.path) for name, stage in stages.within("score")}
     unit: Normalize = "token" if scores["teacher"].tokenizer == scores["reference"].tokenizer else "byte"
     proxy = _proxy(stages)
@@ -70,18 +70,17 @@ def gather(stages: Chain) -> dict[str, Any]:
         rows, difference = pool_rows(instances), scores["difference"].per("token")
     kept = _kept(stages, len(corpus.pool))
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "name": recipe.name,
         "control": control,
         "students": students,
-        "models": [
-            {"role": role, "parameters": _parameters(stages, role), **_losses(evaluations.get(role))}
-            for role in ("teacher", "reference")
-        ],
-        "comparisons": _comparisons(students, evaluations, control),
+        "models": [scoring_model(stages, role, evaluations.get(role), tokenizer) for role in ("teacher", "reference")],
+        "comparisons": comparisons(students, evaluations, control),
         "scores": _score_histogram(difference, normalize),
         "proxy": proxy,
         "selections": [_selection(stages, name, stage) for name, stage in stages.within("select")],
+        "generated": generated(stages),
+        "retokenized": retokenized(stages),
         "effects": _effects(
             instances, rows, scores["teacher"], scores["reference"], unit, None if kept is None else kept[rows]
         ),
@@ -91,133 +90,6 @@ def gather(stages: Chain) -> dict[str, Any]:
         "versions": artifact.provenance(stages["prepare"].path).get("versions", {}),
         "platform": platform.platform(),
     }
-
-
-def tokens_to_reach(curve: Sequence[Mapping[str, Any]], loss: float) -> float | None:
-    """Tokens at which a curve's held-out loss first was as low as `loss`; None if it never was.
-
-    Between two points the loss is taken to be linear in the logarithm of the tokens.
-    """
-    points = [(p["tokens"], p["held_out_loss"]) for p in curve if p.get("held_out_loss") is not None]
-    for number, (tokens, reached) in enumerate(points):
-        if reached <= loss:
-            if number == 0:
-                return float(tokens)
-            before_tokens, before = points[number - 1]
-            share = (before - loss) / (before - reached)
-            return exp(log(before_tokens) + share * (log(tokens) - log(before_tokens)))
-    return None
-
-
-def _control(stages: Chain) -> str | None:
-    """The first student trained on a random selection; else one trained on the whole pool."""
-    recipe = stages.recipe
-    for name, student in recipe.students.items():
-        if student.data != "pool" and recipe.select[student.data].sampler == "random":
-            return name
-    return next((name for name, student in recipe.students.items() if student.data == "pool"), None)
-
-
-def _student(stages: Chain, name: str, evaluation: Evaluation | None) -> dict[str, Any]:
-    stage = stages[f"students/{name}"]
-    counts = artifact.read(stage.path).counts
-    curve = [
-        {key: point.get(key) for key in ("tokens", "train_loss", "held_out_loss", "learning_rate")}
-        for point in read_curve(stage.path)
-    ]
-    return {
-        "name": name,
-        "data": stages.recipe.students[name].data,
-        "parameters": counts["parameters"],
-        "tokens": counts["train_tokens"],
-        "epochs": counts["epochs"],
-        "flops": counts["train_flops"],
-        "seconds": artifact.provenance(stage.path).get("seconds"),
-        **_losses(evaluation),
-        "curve": curve,
-        "path": stage.path.relative_to(stages.root).as_posix(),
-    }
-
-
-def _losses(evaluation: Evaluation | None) -> dict[str, Any]:
-    if evaluation is None:
-        return {"loss": None, "loss_se": None, "bits_per_byte": None, "bits_per_byte_se": None, "by_source": []}
-    loss, bits = evaluation.value("nats_per_token"), evaluation.value("bits_per_byte")
-    bits_of = {row.source: row.value for row in evaluation.rows if row.metric == "bits_per_byte"}
-    by_source = []
-    for row in evaluation.rows:
-        if row.metric == "nats_per_token" and row.source != ALL:
-            by_source.append(
-                {
-                    "source": row.source,
-                    "loss": row.value,
-                    "loss_se": row.standard_error,
-                    "bits_per_byte": bits_of.get(row.source),
-                    "instances": row.n,
-                }
-            )
-    return {
-        "loss": loss.value,
-        "loss_se": loss.standard_error,
-        "bits_per_byte": bits.value,
-        "bits_per_byte_se": bits.standard_error,
-        "by_source": by_source,
-    }
-
-
-def _parameters(stages: Chain, role: str) -> int | None:
-    stage = stages.get(f"train/{role}")
-    return None if stage is None else artifact.read(stage.path).counts["parameters"]
-
-
-def _comparisons(
-    students: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Evaluation], control: str | None
-) -> list[dict[str, Any]]:
-    if control is None or control not in evaluations:
-        return []
-    baseline = next(s for s in students if s["name"] == control)
-    found = []
-    for student in students:
-        if student["name"] == control:
-            continue
-        gap = compare(evaluations[student["name"]].scores, evaluations[control].scores)
-        found.append(
-            {
-                "student": student["name"],
-                "control": control,
-                "difference": gap.value,
-                "se": gap.standard_error,
-                "instances": gap.n,
-                "verdict": gap.verdict,
-                "same_loss": _same_loss(student, baseline, gap.verdict),
-            }
-        )
-    return found
-
-
-def _same_loss(student: Mapping[str, Any], control: Mapping[str, Any], verdict: str) -> dict[str, Any] | None:
-    """Who needs how many tokens for the same held-out loss: the better one's curve is read at the other's last loss.
-
-    The curves are measured on fewer instances than the verdict; None where they do not agree with it.
-    """
-    finals = [c["held_out_loss"] for c in (student["curve"][-1], control["curve"][-1])]
-    if None in finals or student["tokens"] != control["tokens"]:
-        return None
-    if verdict != ("better" if finals[0] <= finals[1] else "worse"):
-        return None
-    total = float(control["tokens"])
-    if finals[0] <= finals[1]:
-        reached = tokens_to_reach(student["curve"], finals[1])
-        assert reached is not None
-        note = (
-            f"{student['name']} reached the control's final loss after {reached:,.0f} of {total:,.0f} tokens; "
-            f"to reach {student['name']}'s final loss the control needs more than it was given"
-        )
-        return {"control_tokens": total, "student_tokens": reached, "ratio": total / reached, "note": note}
-    reached = tokens_to_reach(control["curve"], finals[0])
-    assert reached is not None
-    note = f"the control reached {student['name']}'s final loss after {reached:,.0f} of {total:,.0f} tokens"
-    return {"control_tokens": reached, "student_tokens": total, "ratio": reached / total, "note": note}
 
 
 def _proxy(stages: Chain) -> dict[str, Any] | None:
@@ -385,12 +257,12 @@ def _example(pool: Packed, teacher: Scores, reference: Scores, unit: Normalize, 
 
 def _stage(stage: Stage, stages: Chain) -> dict[str, Any]:
     how = artifact.provenance(stage.path)
-    rate: dict[str, Any] = {key: how[key] for key in ("tokens_per_s", "flops_per_s", "device") if key in how}
+    rates = ("tokens_per_s", "flops_per_s", "share_of_matmul_rate", "device")
     return {
         "name": stage.name,
         "seconds": how.get("seconds"),
         "resumed": how.get("resumed", False),
-        **rate,
+        **{key: how.get(key) for key in rates},
         "path": stage.path.relative_to(stages.root).as_posix(),
         "fingerprint": stage.identity.fingerprint,
     }

@@ -18,13 +18,15 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from miniplm.recipe import MiniLLMSettings, NextTokenSettings
 from miniplm.report import figures
 from miniplm.report.figures import ABSENT
+from miniplm.report.training import objective_label, origin_label
 
 VERDICTS = ("better", "within noise", "worse")  # the best first
-EQUAL_TOKENS = 0.01  # budgets no further apart than this share are called equal: whole batches rarely divide a budget
+EQUAL = 0.01  # budgets no further apart than this share are called equal: whole batches rarely divide a budget
+PLAIN, ON_POLICY = NextTokenSettings().name, MiniLLMSettings().name
 JOINERS = "\u200c\u200d"  # format characters that spelling and emoji need
-SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def render(findings: Mapping[str, Any]) -> str:
@@ -32,7 +34,6 @@ def render(findings: Mapping[str, Any]) -> str:
     shown = _visible(findings)
     students, selections = shown["students"], shown["selections"]
     threshold, threshold_of = _threshold(shown)
-    curve_key = "held_out_loss" if _has(students, "held_out_loss") else "train_loss"
     environment = Environment(
         loader=PackageLoader("miniplm", "report"),
         autoescape=True,
@@ -47,7 +48,9 @@ def render(findings: Mapping[str, Any]) -> str:
         "duration": duration,
         "percent": "{:.1%}".format,
         "plus_minus": plus_minus,
-        "power": power,
+        "objective": objective_label,
+        "origin": origin_label,
+        "power": figures.power,
     }
     return environment.get_template("page.html").render(
         shown,
@@ -55,8 +58,10 @@ def render(findings: Mapping[str, Any]) -> str:
         css=_markup((resources.files("miniplm") / "report" / "page.css").read_text(encoding="utf-8")),
         headline=headline(shown),
         compared={one["student"]: one for one in shown["comparisons"]},
-        curve_key=curve_key,
-        curves=_markup(figures.loss_curves(students, shown["control"], curve_key)),
+        foreign=[one["name"] for one in students if one["own_tokenizer"]],
+        trained=[one for one in shown["models"] if one["objective"]],
+        **_held_out_figures(students, shown["control"]),
+        **_training_figures(students, shown["control"]),
         same_loss=_markup(figures.tokens_to_same_loss(shown["comparisons"])),
         histogram=_markup(figures.score_histogram(shown["scores"], threshold)),
         threshold_of=threshold_of,
@@ -76,23 +81,22 @@ def headline(findings: Mapping[str, Any]) -> Markup:
         return Markup("No control student was trained, so this run cannot say whether the selection helps.")
     if not comparisons:
         return Markup("Nothing was compared with the control, so this run cannot say whether the selection helps.")
-    best = min(comparisons, key=lambda one: (VERDICTS.index(one["verdict"]), one["difference"]))
+    best = min(comparisons, key=lambda one: (VERDICTS.index(one["verdict"]), one["bits_difference"]))
     terms = {
         "student": best["student"],
         "control": _control(findings, best["control"]),
         "budget": _budget(findings, best),
         "size": plus_minus(abs(best["difference"]), best["se"]),
         "difference": plus_minus(best["difference"], best["se"], sign=True),
+        "unit": best["unit"],
     }
     sentence = {
-        "better": Markup("{budget}, <em>{student}</em> is {size} nats per token better than {control}."),
+        "better": Markup("{budget}, <em>{student}</em> is {size} {unit} better than {control}."),
         "within noise": Markup(
             "No student beat {control}. {budget}, the difference of <em>{student}</em> is within noise: "
-            "{difference} nats per token."
+            "{difference} {unit}."
         ),
-        "worse": Markup(
-            "No student beat {control}. {budget}, <em>{student}</em> is {size} nats per token worse than it."
-        ),
+        "worse": Markup("No student beat {control}. {budget}, <em>{student}</em> is {size} {unit} worse than it."),
     }[best["verdict"]].format(**terms)
     if len(comparisons) == 1:
         return sentence
@@ -117,14 +121,6 @@ def plus_minus(value: float | None, error: float | None, *, sign: bool = False) 
     return f"{amount(value, places, sign=sign)} ± {amount(error, places)}"
 
 
-def power(value: float | None) -> str:
-    """`1.6 × 10¹³`."""
-    if value is None:
-        return ABSENT
-    digits, _, exponent = f"{value:.1e}".partition("e")
-    return f"{digits} × 10{str(int(exponent or 0)).translate(SUPERSCRIPTS)}"
-
-
 def duration(seconds: float | None) -> str:
     """`8.7 s`, `1 min 45 s`, `2 h 05 min`."""
     if seconds is None:
@@ -145,12 +141,20 @@ def _control(findings: Mapping[str, Any], name: str) -> str:
 
 
 def _budget(findings: Mapping[str, Any], comparison: Mapping[str, Any]) -> str:
-    """The words "At equal tokens", or the two budgets where they differ."""
-    tokens = {student["name"]: student["tokens"] for student in findings["students"]}
-    ours, theirs = tokens[comparison["student"]], tokens[comparison["control"]]
-    if math.isclose(ours, theirs, rel_tol=EQUAL_TOKENS):
-        return "At equal tokens"
-    return f"With {figures.compact(ours)} training tokens against {figures.compact(theirs)}"
+    """What the two were given: the words "At equal tokens" or "At equal training operations", or what differs."""
+    rows = {student["name"]: student for student in findings["students"]}
+    ours, theirs = rows[comparison["student"]], rows[comparison["control"]]
+    equal = {
+        key: None not in (ours[key], theirs[key]) and math.isclose(ours[key], theirs[key], rel_tol=EQUAL)
+        for key in ("tokens", "flops")
+    }
+    if not equal["tokens"]:
+        tokens = f"{figures.compact(ours['tokens'])} training tokens against {figures.compact(theirs['tokens'])}"
+        return f"At equal training operations, {tokens}" if equal["flops"] else f"With {tokens}"
+    own = ", each of its own tokenizer" if ours["tokenizer"] != theirs["tokenizer"] else ""
+    if equal["flops"] or not (ours["flops"] and theirs["flops"]):
+        return f"At equal tokens{own}"
+    return f"At equal tokens{own} and {ours['flops'] / theirs['flops']:.3g} times the training operations"
 
 
 def _threshold(findings: Mapping[str, Any]) -> tuple[float | None, str]:
@@ -162,9 +166,32 @@ def _threshold(findings: Mapping[str, Any]) -> tuple[float | None, str]:
     return None, ""
 
 
-def _has(students: Sequence[Mapping[str, Any]], key: str) -> bool:
-    """Whether any point of any curve has a value under `key`."""
-    return any(point[key] is not None for student in students for point in student["curve"])
+def _held_out_figures(students: Sequence[Mapping[str, Any]], control: str | None) -> dict[str, Any]:
+    """Held-out loss against tokens, and against operations where these are not the same picture."""
+    costs = [one["flops"] / one["tokens"] for one in students if one["flops"] and one["tokens"]]
+    one_cost = not costs or math.isclose(min(costs), max(costs), rel_tol=1e-9)
+    return {
+        "curves": _markup(figures.loss_curves(students, control)),
+        "curves_by_flops": _markup("" if one_cost else figures.loss_curves(students, control, against="flops")),
+        "flops_per_token": costs[0] if costs and one_cost else None,
+    }
+
+
+def _training_figures(students: Sequence[Mapping[str, Any]], control: str | None) -> dict[str, Any]:
+    """Cross entropy of the training text, a figure for each tokenizer: the corpus's first."""
+    drawn = [one for one in students if any(point.get("cross_entropy") is not None for point in one["curve"])]
+    found = []
+    for own, tokenizer in sorted({(one["own_tokenizer"], one["tokenizer"]) for one in drawn}):
+        names = [one["name"] for one in drawn if one["tokenizer"] == tokenizer]
+        svg = figures.loss_curves(students, control, "cross_entropy", only=names)
+        found.append({"own": own, "names": names, "svg": _markup(svg)})
+    kinds = {one["name"]: (one["objective"] or {}).get("name") for one in drawn}
+    return {
+        "training_curves": [one for one in found if one["svg"]],
+        "mixtures": [name for name, kind in kinds.items() if kind not in (PLAIN, ON_POLICY)],
+        "on_prompts": [name for name, kind in kinds.items() if kind == ON_POLICY],
+        "not_drawn": [one["name"] for one in students if one["name"] not in kinds],
+    }
 
 
 def _by_source(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any] | None]]:

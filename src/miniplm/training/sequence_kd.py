@@ -32,6 +32,7 @@ from miniplm.artifact import Identity, Workspace
 from miniplm.engine.base import Advance, Engine
 from miniplm.errors import ModelError, RecipeError
 from miniplm.models.continuation import continuations, uniform_numbers
+from miniplm.models.flops import model_flops
 from miniplm.models.load import check_length, check_reads, choose_device, load_model, name_of
 from miniplm.packing.instances import TOKENIZER, Instances, Packed, dataset_files, open_packed, write_shard
 from miniplm.packing.pack import token_dtype
@@ -146,7 +147,9 @@ def _generate(
     for name, content in dataset_files(shards, width, token_dtype(packed.vocab_size), fingerprint).items():
         work.write_json(name, content)
     there = packed.manifest.counts
+    per_token = model_flops(teacher, packed.sequence_length) or 0.0
     return {
+        "teacher_flops": per_token * packed.sequence_length * int((length > prompt).sum()),  # prompts are read too
         "tokens_out": int(np.where(length > prompt, width, length).sum(dtype=np.int64)),
         "generated_tokens": int(written.sum()),
         "instances": len(chosen),

@@ -1,0 +1,279 @@
+"""What a finished run says of its trainings: what each model was, took and reached, and the students against a control.
+
+In: the stages, all done. Out: plain JSON types. Figures come from manifests, provenance, loss curves and evaluations;
+two things are derived: how many tokens the control would need (read off the measured curves, linear in log tokens), and
+the difference of two models with different tokenizers.
+
+Nats per token of different tokenizers are of different things. Where a model's tokenizer is not the corpus's, `loss` is
+None and it is compared in bits per byte. A training loss is comparable only where it is a cross entropy on text: of
+another objective, `cross_entropy` is the one that it reports, or None.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from math import exp, isfinite, log
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from miniplm import artifact
+from miniplm.evaluation.evaluate import Evaluation
+from miniplm.evaluation.loss import ALL, Difference, compare
+from miniplm.pipeline.chain import Chain
+from miniplm.recipe import NextTokenSettings, Recipe, TrainSettings, VanillaKDSettings
+from miniplm.scoring.base import Scores
+from miniplm.training.checkpoint import Point, read_curve
+
+_POINT = ("step", "tokens", "flops", "train_loss", "cross_entropy", "held_out_loss", "learning_rate")
+_TABLE = (
+    "name", "objective", "data", "made_of", "model_type", "parameters", "tokens", "steps", "match", "matched_share",
+    "epochs", "flops", "train_seconds", "tokens_per_s", "share_of_matmul_rate", "device", "processes",
+    "final_train_loss", "final_cross_entropy", "own_tokenizer", "loss", "loss_se", "bits_per_byte", "bits_per_byte_se",
+)  # fmt: skip
+_TABLE_COMPARED = ("unit", "difference", "se", "bits_difference", "verdict")
+_COUNTS = {
+    "model_type": "model_type",
+    "parameters": "parameters",
+    "tokens": "train_tokens",
+    "steps": "steps",
+    "batch_tokens": "batch_tokens",
+    "learning_rate": "learning_rate",
+    "instances": "instances",
+    "epochs": "epochs",
+    "matched_share": "matched_share",
+    "flops": "train_flops",
+    "final_train_loss": "final_train_loss",
+}
+"""What a row calls it -> what the manifest counts."""
+_PROVENANCE = (
+    "seconds", "resumed", "train_seconds", "tokens_per_s", "flops_per_s", "share_of_matmul_rate", "device", "processes",
+)  # fmt: skip
+
+
+def student(stages: Chain, name: str, evaluation: Evaluation | None, corpus_tokenizer: str) -> dict[str, Any]:
+    """All that is known of a student; `corpus_tokenizer` is a fingerprint."""
+    settings = stages.recipe.students[name]
+    tokenizer = corpus_tokenizer
+    if (retokenized := stages.get(f"retokenize/{settings.data}")) is not None:
+        tokenizer = artifact.read(retokenized.path).counts["tokenizer"]
+    return {
+        "name": name,
+        "data": settings.data,
+        "made_of": origins(stages.recipe, settings.data),
+        "tokenizer": tokenizer,
+        "own_tokenizer": tokenizer != corpus_tokenizer,
+        **_trained(stages, f"students/{name}", settings),
+        **losses(evaluation, corpus_tokenizer),
+    }
+
+
+def scoring_model(stages: Chain, role: str, evaluation: Evaluation | None, corpus_tokenizer: str) -> dict[str, Any]:
+    """All that is known of teacher or reference; of a model that was given, that is how well it predicts."""
+    settings = getattr(stages.recipe, role)
+    found: dict[str, Any] = dict.fromkeys(
+        ("objective", "match", *_COUNTS, *_PROVENANCE, "final_cross_entropy", "curve", "path")
+    )
+    if isinstance(settings, TrainSettings):
+        found |= _trained(stages, f"train/{role}", settings)
+    return {"role": role, **found, **losses(evaluation, corpus_tokenizer)}
+
+
+def origins(recipe: Recipe, data: str) -> list[dict[str, str]]:
+    """What a student reads and what that was made of, back to the pool or a selection: `name` and `kind` of each."""
+    made: list[dict[str, str]] = []
+    while True:
+        if data in recipe.retokenize:
+            made.append({"name": data, "kind": "retokenised"})
+            data = recipe.retokenize[data].data
+        elif data in recipe.generate:
+            made.append({"name": data, "kind": "generated"})
+            data = recipe.generate[data].data
+        else:
+            return [*made, {"name": data, "kind": "pool" if data == "pool" else "selection"}]
+
+
+def control_of(recipe: Recipe) -> str | None:
+    """The first student plainly pre-trained on a random selection; else the first on the whole pool."""
+    plain = {n: s.data for n, s in recipe.students.items() if isinstance(s.objective, NextTokenSettings)}
+    random = {name for name, selection in recipe.select.items() if selection.sampler == "random"}
+    chosen = [name for name, data in plain.items() if data in random]
+    chosen += [name for name, data in plain.items() if data == "pool"]
+    return chosen[0] if chosen else None
+
+
+def losses(evaluation: Evaluation | None, corpus_tokenizer: str) -> dict[str, Any]:
+    """Held-out figures, in all and by source; `loss`, in nats per token, only where the tokens are the corpus's."""
+    if evaluation is None:
+        return {"loss": None, "loss_se": None, "bits_per_byte": None, "bits_per_byte_se": None, "by_source": []}
+    comparable = evaluation.scores.tokenizer == corpus_tokenizer
+    loss, bits = evaluation.value("nats_per_token"), evaluation.value("bits_per_byte")
+    bits_of = {row.source: row.value for row in evaluation.rows if row.metric == "bits_per_byte"}
+    return {
+        "loss": loss.value if comparable else None,
+        "loss_se": loss.standard_error if comparable else None,
+        "bits_per_byte": bits.value,
+        "bits_per_byte_se": bits.standard_error,
+        "by_source": [
+            {
+                "source": row.source,
+                "loss": row.value if comparable else None,
+                "loss_se": row.standard_error if comparable else None,
+                "bits_per_byte": bits_of.get(row.source),
+                "instances": row.n,
+            }
+            for row in evaluation.rows
+            if row.metric == "nats_per_token" and row.source != ALL
+        ],
+    }
+
+
+def comparisons(
+    students: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Evaluation], control: str | None
+) -> list[dict[str, Any]]:
+    """Each student against the control; `bits_difference`, in bits per byte, orders them whatever the unit is."""
+    if control is None or control not in evaluations:
+        return []
+    baseline = next(one for one in students if one["name"] == control)
+    theirs = evaluations[control].scores
+    found = []
+    for one in students:
+        if one["name"] == control:
+            continue
+        ours = evaluations[one["name"]].scores
+        same_tokens = ours.tokenizer == theirs.tokenizer and np.array_equal(ours.n_tokens, theirs.n_tokens)
+        gap = compare(ours, theirs) if same_tokens else compare_bits(ours, theirs)
+        found.append(
+            {
+                "student": one["name"],
+                "control": control,
+                "unit": "nats per token" if same_tokens else "bits per byte",
+                "difference": gap.value,
+                "se": gap.standard_error,
+                "bits_difference": one["bits_per_byte"] - baseline["bits_per_byte"],
+                "instances": gap.n,
+                "verdict": gap.verdict,
+                "same_loss": _same_loss(one, baseline, gap.verdict),
+            }
+        )
+    return found
+
+
+def compare_bits(student: Scores, control: Scores) -> Difference:
+    """Student minus control in bits per byte, paired by instance, where their tokens differ.
+
+    Each is a ratio of its own sums: an instance's first token is not counted, and is as long as a tokenizer makes it.
+    The standard error is that of a difference of two ratios of means over the same instances, linearised as in
+    `miniplm.evaluation.loss`. Raises ValueError if the instances are not the same.
+    """
+    if student.packed != control.packed:
+        raise ValueError("the two models were measured on different instances")
+    value, residual = 0.0, np.zeros(len(student))
+    for sign, scores in ((1, student), (-1, control)):
+        bits, amount = -scores.logp / np.log(2), scores.n_bytes.astype(np.float64)
+        ratio = float(bits.sum() / amount.sum())
+        value += sign * ratio
+        residual += sign * (bits - ratio * amount) / amount.mean()
+    error = float(np.std(residual, ddof=1)) / len(student) ** 0.5 if len(student) > 1 else 0.0
+    return Difference(value, error, len(student))
+
+
+def tokens_to_reach(curve: Sequence[Mapping[str, Any]], loss: float) -> float | None:
+    """Tokens at which a curve's held-out loss first was as low as `loss`; None if it never was.
+
+    Between two points the loss is taken to be linear in the logarithm of the tokens.
+    """
+    points = [(p["tokens"], p["held_out_loss"]) for p in curve if p.get("held_out_loss") is not None]
+    for number, (tokens, reached) in enumerate(points):
+        if reached <= loss:
+            if number == 0:
+                return float(tokens)
+            before_tokens, before = points[number - 1]
+            share = (before - loss) / (before - reached)
+            return exp(log(before_tokens) + share * (log(tokens) - log(before_tokens)))
+    return None
+
+
+def students_csv(findings: Mapping[str, Any]) -> str:
+    """A table of the students, a row each; empty where something was not measured."""
+    compared = {one["student"]: one for one in findings["comparisons"]}
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*_TABLE, *_TABLE_COMPARED])
+    for one in findings["students"]:
+        said = {"objective": objective_label(one["objective"]), "made_of": origin_label(one["made_of"])}
+        gap = compared.get(one["name"], {})
+        writer.writerow([*((one | said)[key] for key in _TABLE), *(gap.get(key) for key in _TABLE_COMPARED)])
+    return text.getvalue()
+
+
+def _trained(stages: Chain, stage_name: str, settings: TrainSettings) -> dict[str, Any]:
+    """What a model that was trained here is, took and reached on the way."""
+    stage = stages[stage_name]
+    counts, how = artifact.read(stage.path).counts, artifact.provenance(stage.path)
+    curve = curve_of(stage.path, settings)
+    return {
+        "objective": settings.objective.model_dump(mode="json"),
+        "match": settings.match,
+        **{name: counts[counted] for name, counted in _COUNTS.items()},
+        **{name: how.get(name) for name in _PROVENANCE},
+        "final_cross_entropy": curve[-1]["cross_entropy"],
+        "curve": curve,
+        "path": stage.path.relative_to(stages.root).as_posix(),
+    }
+
+
+def curve_of(model: Path, settings: TrainSettings) -> list[Point]:
+    """A model's loss curve; at each point all of `_POINT`, then the objective's metrics. What is no number is None."""
+    plain = isinstance(settings.objective, NextTokenSettings)
+    found = []
+    for point in read_curve(model):
+        if plain:
+            point["cross_entropy"] = point.get("train_loss")
+        whole = {**dict.fromkeys(_POINT), **point}
+        found.append({name: value if value is None or isfinite(value) else None for name, value in whole.items()})
+    return found
+
+
+def _same_loss(one: Mapping[str, Any], control: Mapping[str, Any], verdict: str) -> dict[str, Any] | None:
+    """Who needs how many tokens for the same held-out loss: the better one's curve is read at the other's last loss.
+
+    The curves are measured on fewer instances than the verdict; None where they do not agree with it.
+    """
+    finals = [c["held_out_loss"] for c in (one["curve"][-1], control["curve"][-1])]
+    if None in finals or one["tokens"] != control["tokens"]:
+        return None
+    if verdict != ("better" if finals[0] <= finals[1] else "worse"):
+        return None
+    total = float(control["tokens"])
+    if finals[0] <= finals[1]:
+        reached = tokens_to_reach(one["curve"], finals[1])
+        assert reached is not None
+        note = (
+            f"{one['name']} reached the control's final loss after {reached:,.0f} of {total:,.0f} tokens; "
+            f"to reach {one['name']}'s final loss the control needs more than it was given"
+        )
+        return {"control_tokens": total, "student_tokens": reached, "ratio": total / reached, "note": note}
+    reached = tokens_to_reach(control["curve"], finals[0])
+    assert reached is not None
+    note = f"the control reached {one['name']}'s final loss after {reached:,.0f} of {total:,.0f} tokens"
+    return {"control_tokens": reached, "student_tokens": total, "ratio": reached / total, "note": note}
+
+
+def objective_label(objective: Mapping[str, Any] | None) -> str:
+    """An objective in a few words: `vanilla_kd λ=0.5`."""
+    if objective is None:
+        return "–"
+    if objective["name"] != VanillaKDSettings().name:
+        return str(objective["name"])
+    heat = "" if objective["temperature"] == 1 else f", temperature {objective['temperature']:g}"
+    return f"{objective['name']} λ={objective['share']:g}{heat}"
+
+
+def origin_label(made_of: Sequence[Mapping[str, str]]) -> str:
+    """How data was made: `retokenised from written, generated from random`; nothing of the pool or a selection."""
+    return ", ".join(f"{one['kind']} from {before['name']}" for one, before in pairwise(made_of))
