@@ -453,3 +453,14 @@ def test_on_a_disk_that_is_really_full_the_work_stops_and_completes_when_there_i
     ballast.unlink()
     artifact.make(small_disk / "out", WHAT, work)
     assert list(artifact.verify(small_disk / "out")) == []
+
+
+def test_a_folder_in_which_nothing_was_made_yet_is_taken_over(tmp_path: Path) -> None:
+    """As when a setting was refused at the start, and the command is typed again with another."""
+
+    def refuse(_: Workspace) -> dict[str, int]:
+        raise RuntimeError("refused")
+
+    with pytest.raises(RuntimeError, match="refused"):
+        artifact.make(tmp_path / "a", Identity("k", 1, {"rate": 0}), refuse)
+    assert artifact.make(tmp_path / "a", Identity("k", 1, {"rate": 1}), lambda _: {}).identity.recipe == {"rate": 1}

@@ -47,7 +47,7 @@ select:
 students:
   miniplm: {{<<: *trained, data: difference}}
   control: {{like: miniplm, data: random}}
-compute: {{device: cpu, checkpoints: 4, train_micro_batch: 8}}
+compute: {{device: cpu, checkpoints: 4, train_micro_batch: 8, report_to: none}}
 """
 STAGES = [
     "prepare", "train/teacher", "train/reference", "score/teacher", "score/reference", "select/difference",

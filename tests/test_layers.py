@@ -23,6 +23,7 @@ LAYERS = [
     {"pipeline"},
     {"report"},
     {"cli", ""},
+    {"__main__"},
 ]
 TORCH_FROM = 4  # the first layer that may import torch and transformers
 TORCH = {"torch", "transformers", "accelerate"}

@@ -403,22 +403,21 @@ def _claim(partial: Path, identity: Identity, path: Path) -> bool:
     if not marker.exists() and (partial / MANIFEST).exists():  # killed between the last write and the last rename
         marker = partial / MANIFEST
     if not marker.exists():
-        temporary = marker.with_name(_IDENTITY + _TEMPORARY)
-        strangers = sorted({entry.name for entry in partial.iterdir()} - {_LOCK, temporary.name})
+        strangers = sorted({entry.name for entry in partial.iterdir()} - {_LOCK, _IDENTITY + _TEMPORARY})
         if strangers:  # nothing of ours comes before the marker
             raise ArtifactMismatchError(
                 f"{partial} is there, but it is no unfinished work of miniplm.",
                 facts={"found": ", ".join(strangers[:5])},
                 remedy=f"Move it away, or choose another output folder than {path}.",
             )
-        temporary.write_bytes(pretty_json(identity.as_dict()))
-        _fsync(temporary)
-        temporary.rename(marker)
-        _fsync(partial)
+        _mark(partial, identity)
         return False
     raw = json.loads(marker.read_bytes())
     begun = Identity(raw["kind"], raw["version"], raw["recipe"], raw["inputs"])
     if begun.fingerprint != identity.fingerprint:
+        if {entry.name for entry in partial.iterdir()} <= {_IDENTITY, _LOCK}:  # refused before anything was made
+            _mark(partial, identity)
+            return False
         raise ArtifactMismatchError(
             f"unfinished work on something else is in {partial}.",
             facts=_differences(begun, identity),
@@ -426,6 +425,16 @@ def _claim(partial: Path, identity: Identity, path: Path) -> bool:
         )
     _tidy(partial)
     return any(entry.name not in {_IDENTITY, _LOCK} for entry in partial.iterdir())
+
+
+def _mark(partial: Path, identity: Identity) -> None:
+    """Write down whose work the folder is for."""
+    marker = partial / _IDENTITY
+    temporary = marker.with_name(_IDENTITY + _TEMPORARY)
+    temporary.write_bytes(pretty_json(identity.as_dict()))
+    _fsync(temporary)
+    temporary.rename(marker)
+    _fsync(partial)
 
 
 def _tidy(folder: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 # Threads that wait for each other in sleep instead of in a loop: on two cores that other processes use too, training
 # is 5 to 9 times as fast (measured, NOTES.md). It has to be said before torch is imported.
 _OPENMP_WAIT = "passive"
+
+_LEADER_FIRST_SECONDS = 10.0  # that others of several processes wait before they print an error of their own
 
 # settings whose options differ, and settings of a training that have options
 _OPTIONS = {"score_tokens": "batch-tokens", "train_micro_batch": "micro-batch", "generate_batch": "batch"}
@@ -90,6 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _complain(error: Exception) -> None:
+    if os.environ.get("RANK", "0") != "0":  # what stops all processes is said by the first, and the others are ended
+        time.sleep(_LEADER_FIRST_SECONDS)
     lines = (printable(line, 400) for line in f"error: {error}".splitlines())
     print(*lines, sep="\n", file=sys.stderr)  # noqa: T201
     sys.exit(1)
@@ -413,6 +418,7 @@ def train(
         out=out,
         objective=objective,
         teacher=teacher,
+        match=match,
         held_out=None if held_out is None else open_packed(held_out),
         counted=counted,  # type: ignore[arg-type]  # a str here; the function checks it
         about=about,

@@ -183,8 +183,8 @@ def retokenised(name: str) -> dict[str, Any]:
 KD = {"name": "vanilla_kd", "share": 0.5, "temperature": 1.0, "dtype": "bfloat16"}
 GENERATED = {
     "name": "written", "data": "random", "temperature": 0.7, "top_p": 0.95, "instances": 1501, "kept_unchanged": 17,
-    "generated_tokens": 385792, "tokens_out": 1537000, "prompt_tokens": 768, "sequence_length": 1024, "teacher_flops": 1.5e12,
-    "by_source": {"torch": 1501}, "tokens_per_s": 7606, "path": "generated/written-1a",
+    "generated_tokens": 385792, "tokens_out": 1537000, "prompt_tokens": 768, "sequence_length": 1024,
+    "teacher_flops": 1.5e12, "by_source": {"torch": 1501}, "tokens_per_s": 7606, "path": "generated/written-1a",
     "examples": [
         {"row": 4, "source": "torch", "documents": ["x.py"], "prompt": "def f(x):", "written": "\n    return 7"}
     ],

@@ -99,7 +99,8 @@ def train_model(
         counted=material.counted,
         about=material.about,
     )
-    return train(settings, data, out, what, compute, teacher=teacher)
+    logs = out.parent.parent / "logs" / out.parent.name / out.name  # of the whole run together
+    return train(settings, data, out, what, compute, teacher=teacher, logs=logs)
 
 
 def generate_rows(

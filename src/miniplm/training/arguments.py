@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from miniplm.errors import RecipeError
 from miniplm.models.load import choose_device
@@ -93,8 +95,23 @@ def arguments(settings: TrainSettings, plan: Plan, compute: Compute, state: Path
             "transformers.TrainingArguments refuses these settings.",
             facts={"because": str(error).splitlines()[0]},
         ) from error
+    _check_reporters(made.report_to)
     made._n_gpu = min(made.n_gpu, 1)  # a process has one device: never DataParallel by surprise
     return made
+
+
+def _check_reporters(names: Sequence[str]) -> None:
+    """Find out now what the Trainer would find out later, in words of its own."""
+    for name in names:
+        try:
+            (callback,) = get_reporting_integration_callbacks([name])
+            callback()
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise RecipeError(
+                f"`compute.report_to`: there is no reporting to {name!r} here.",
+                facts={"because": str(error).splitlines()[0]},
+                remedy="Install what it needs, or say `report_to: none`.",
+            ) from error
 
 
 def autocast_dtype(settings: TrainSettings) -> torch.dtype:

@@ -110,4 +110,6 @@ def card(counts: Mapping[str, Any], about: Mapping[str, str], license_: str | No
 
 def _cell(text: str) -> str:
     """Text that may come from a corpus or a path, in a table of Markdown."""
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    for mark, escaped in (("\\", "\\\\"), ("|", "\\|"), ("[", "\\["), ("<", "&lt;")):
+        text = text.replace(mark, escaped)
+    return " ".join(text.split())

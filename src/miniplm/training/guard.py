@@ -1,15 +1,18 @@
 """A training whose loss spikes, or is no number, is stopped before the step is taken, and the instances are named.
 
-In: the loss of each step, of all processes. A spike is a loss that many nats above the median of the last 100 steps.
-Out: nothing, or a `TrainingError` that names step, rows, sources and documents of the instances with the largest loss,
-computed again with the weights that the step began with.
+In: the loss of each step, of all processes. A spike is a loss that many nats above the median of the last 100 steps,
+those before an interruption counted in.
+Out: nothing, or a `TrainingError` that names step, rows, sources and documents of the worst instances, by the loss of
+each (or the gradient, if only that is no number), computed again with the weights that the step began with.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -18,14 +21,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from miniplm.errors import TrainingError
-from miniplm.models.head import head_of, hidden_states, token_logp
 from miniplm.progress import printable
-from miniplm.training.data import Collator, TrainingOrder
-from miniplm.training.plan import Plan
+from miniplm.training import processes
+from miniplm.training.data import TrainingOrder
 
 _WINDOW = 100  # steps
 _ENOUGH = 20  # steps before a spike is judged
 _NAMED = 3  # instances
+_RECENT = "recent_losses.json"  # in a checkpoint
 
 
 class Guard(TrainerCallback):
@@ -33,36 +36,38 @@ class Guard(TrainerCallback):
 
     Args:
         spike: nats above the median at which to stop; None: only at what is no number.
-        step_loss: gives the loss of the step, averaged over micro-batches and processes.
-        suspects: gives the instances of a step with the largest loss: name -> loss.
-        scaled: whether the loss is scaled (float16), where gradients are infinite now and then by design.
+        figures: gives the loss of the step, averaged over micro-batches and processes, and NaN if a gradient is none.
+        suspects: gives the worst instances of a step: name -> loss; by gradient, or by loss alone.
 
     """
 
     def __init__(
         self,
         spike: float | None,
-        step_loss: Callable[[], float],
-        suspects: Callable[[int], dict[str, str]],
-        scaled: bool,
+        figures: Callable[[], tuple[float, float]],
+        suspects: Callable[[int, bool], dict[str, str]],
     ) -> None:
-        self.spike, self.step_loss, self.suspects, self.scaled = spike, step_loss, suspects, scaled
+        self.spike, self.figures, self.suspects = spike, figures, suspects
         self.recent: deque[float] = deque(maxlen=_WINDOW)
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step:
+            self.recent.extend(json.loads(_recent_file(args, state).read_text()))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if processes.leads():
+            _recent_file(args, state).write_text(json.dumps(list(self.recent)))
+
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        step, loss = state.global_step + 1, self.step_loss()
-        assert model is not None
+        step, (loss, gradient) = state.global_step + 1, self.figures()
         if not math.isfinite(loss):
             raise self._error(f"the training loss is {loss} at step {step:,}.", step)
-        if not self.scaled and not _finite_gradient(model):
-            raise self._error(f"the gradient is no number at step {step:,}, at a loss of {loss:.4f} nats.", step)
+        if not math.isfinite(gradient):
+            raise self._error(
+                f"the gradient is no number at step {step:,}, at a loss of {loss:.4f} nats.", step, gradients=True
+            )
         if self.spike is not None and len(self.recent) >= _ENOUGH:
             above = loss - median(self.recent)
             if above > self.spike:
@@ -74,41 +79,53 @@ class Guard(TrainerCallback):
                 )
         self.recent.append(loss)
 
-    def _error(self, summary: str, step: int, otherwise: str = "") -> TrainingError:
+    def _error(self, summary: str, step: int, otherwise: str = "", *, gradients: bool = False) -> TrainingError:
         remedy = "Lower the learning rate, lengthen the warm-up, or train in float32 (`precision: float32`)."
-        return TrainingError(summary, facts=self.suspects(step), remedy=remedy + otherwise)
+        return TrainingError(summary, facts=self.suspects(step, gradients), remedy=remedy + otherwise)
 
 
-def _finite_gradient(model: PreTrainedModel) -> bool:
-    """Whether gradients are numbers. Clipping by their norm makes all of them NaN if one is: a small one tells."""
+def _recent_file(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / _RECENT
+
+
+def not_finite(model: PreTrainedModel) -> Tensor:
+    """NaN where some gradient of this process is no number, else 0.
+
+    Clipping has been at them: if one was NaN all are, if one was infinite it is NaN now and the others are 0.
+    """
     gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
-    smallest = min(gradients, key=lambda gradient: gradient.numel(), default=None)
-    return smallest is None or bool(torch.isfinite(smallest.sum()))
+    parts = [getattr(gradient, "to_local", lambda g=gradient: g)() for gradient in gradients]
+    return torch.stack([part.sum().float() for part in parts] or [torch.zeros(())]).sum() * 0.0
 
 
-@torch.no_grad()
 def suspects(
-    model: PreTrainedModel, order: TrainingOrder, collator: Collator, plan: Plan, micro: int, step: int
+    loss_of: Callable[[int], Tensor],
+    model: PreTrainedModel,
+    order: TrainingOrder,
+    positions: Sequence[int],
+    gradients: bool,
 ) -> dict[str, str]:
-    """The instances of a step (counted from 1) with the largest mean loss: `row ..., source, document` -> nats."""
-    begin = (step - 1) * plan.batch_instances
-    positions = range(begin, begin + plan.batch_instances)
-    losses: list[float] = []
-    for first in range(0, len(positions), micro):
-        batch = collator(order.__getitems__(positions[first : first + micro]))
-        ids, targets = batch["input_ids"].to(model.device), batch["targets"].to(model.device)
-        hidden = hidden_states(model, ids)
-        weight, bias = head_of(model)
-        logp = token_logp(hidden.flatten(0, 1).to(weight.dtype), weight, bias, targets.flatten())
-        losses += _per_instance(logp.view(targets.shape).cpu(), batch["weights"])
-    worst = sorted(range(len(losses)), key=lambda i: -math.inf if math.isnan(losses[i]) else -losses[i])[:_NAMED]
-    return {_name(order, positions[i]): f"{losses[i]:.4f} nats per token" for i in worst}
+    """The worst of the instances at these positions: `row ..., source, document` -> loss.
 
+    Args:
+        loss_of: gives the loss of the instance at a position.
+        model: what it is the loss of; its gradients are lost.
+        order: of the training.
+        positions: of a step.
+        gradients: whether the worst are those whose gradient is no number, then those with the largest loss.
 
-def _per_instance(logp: Tensor, weights: Tensor | None) -> list[float]:
-    if weights is None:
-        return [float(mean) for mean in -logp.mean(dim=1)]
-    return [float(mean) for mean in -(logp * weights).sum(dim=1) / weights.sum(dim=1)]
+    """
+    found: list[tuple[bool, float, int]] = []
+    for position in positions:
+        model.zero_grad()
+        with torch.set_grad_enabled(gradients):
+            loss = loss_of(position)
+        if gradients:
+            loss.backward()  # type: ignore[no-untyped-call]
+        found.append((not math.isfinite(not_finite(model)), float(loss.detach()), position))
+    found.sort(key=lambda one: (not one[0], -math.inf if math.isnan(one[1]) else -one[1], one[2]))
+    note = {True: ", and its gradient is no number", False: ""}
+    return {_name(order, position): f"{value:.4f} nats per token{note[bad]}" for bad, value, position in found[:_NAMED]}
 
 
 def _name(order: TrainingOrder, position: int) -> str:

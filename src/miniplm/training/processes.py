@@ -36,6 +36,8 @@ def leads() -> bool:
 
 def join(device: torch.device) -> None:
     """Connect the processes, if there are several and they are not yet: gloo between CPUs, nccl between GPUs."""
+    if not leads():
+        os.environ["MINIPLM_PROGRESS"] = "off"  # one meter is enough
     if count() > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

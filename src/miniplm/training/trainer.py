@@ -13,7 +13,7 @@ gone when the model is finished.
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from miniplm import artifact
 from miniplm.artifact import Identity, Workspace
-from miniplm.errors import RecipeError, TrainingError
+from miniplm.errors import MiniplmError, RecipeError, TrainingError
 from miniplm.models.flops import forward_flops, matmul_rate
 from miniplm.models.head import check_head
 from miniplm.models.load import check_length, check_reads, choose_device, load_model, new_model
@@ -40,7 +40,7 @@ from miniplm.training.arguments import arguments, autocast_dtype
 from miniplm.training.callbacks import CompleteCheckpoints, KeptModels, ShownProgress, Stopwatch, last_checkpoint
 from miniplm.training.checkpoint import KEPT, Checkpoint, Point, card, curve_lines, save_tokenizer, write_model
 from miniplm.training.data import Collator, InOrder, TrainingOrder
-from miniplm.training.guard import Guard, suspects
+from miniplm.training.guard import Guard, not_finite, suspects
 from miniplm.training.matching import matched_share, passes
 from miniplm.training.named import load_teacher, objective_from
 from miniplm.training.objectives import Batch, NextToken, Objective
@@ -112,6 +112,7 @@ def train(
     *,
     teacher: GivenModel | None = None,
     objective: Objective | None = None,
+    logs: Path | None = None,
 ) -> Checkpoint:
     """Train a model into the artifact at `out`; started by torchrun or accelerate, in all its processes together.
 
@@ -123,6 +124,7 @@ def train(
         compute: how.
         teacher: that the objective asks, if it asks one.
         objective: instead of the one that the settings name.
+        logs: folder of TensorBoard's events; None: `logs/` beside `out`.
 
     Raises:
         RecipeError: the settings do not fit the data or `TrainingArguments`.
@@ -133,24 +135,45 @@ def train(
     """
     compute = compute or Compute()
     processes.join(choose_device(compute.device))
+    events = logs or out.parent / "logs" / out.name
+
+    def all_train(workspace: Workspace) -> Mapping[str, Any]:
+        return _train(workspace, settings, data, compute, teacher, objective, events)
+
+    if processes.leads():
+        _lead(out, what, all_train)
+    else:
+        _follow(out, all_train)
+    processes.meet()
+    return Checkpoint(out, artifact.read(out))
+
+
+def _lead(out: Path, what: Identity, all_train: Callable[[Workspace], Mapping[str, Any]]) -> None:
+    """Make the artifact, and tell the other processes whether there is anything to train, or why that is not known."""
     begun = False
 
     def work(workspace: Workspace) -> Mapping[str, Any]:
         nonlocal begun
-        begun = True
-        processes.hear_leader("begin")
-        return _train(workspace, settings, data, compute, teacher, objective)
+        begun = processes.hear_leader(True)
+        return all_train(workspace)
 
-    if processes.leads():
-        try:
-            artifact.make(out, what, work)
-        finally:
-            if not begun:
-                processes.hear_leader("there is nothing to do")
-    elif processes.hear_leader("") == "begin":
-        _train(Workspace(artifact.partial_path(out)), settings, data, compute, teacher, objective)
-    processes.meet()
-    return Checkpoint(out, artifact.read(out))
+    try:
+        artifact.make(out, what, work)
+    except Exception as error:
+        if not begun:
+            ours = isinstance(error, MiniplmError)
+            processes.hear_leader(error if ours else TrainingError(f"the process that leads failed: {error}"))
+        raise
+    if not begun:
+        processes.hear_leader(False)
+
+
+def _follow(out: Path, all_train: Callable[[Workspace], Mapping[str, Any]]) -> None:
+    said: bool | MiniplmError = processes.hear_leader(False)
+    if isinstance(said, MiniplmError):
+        raise said
+    if said:
+        all_train(Workspace(artifact.partial_path(out)))
 
 
 def _train(
@@ -160,6 +183,7 @@ def _train(
     compute: Compute,
     given_teacher: GivenModel | None,
     own: Objective | None,
+    logs: Path,
 ) -> Mapping[str, Any]:
     transformers_logging.disable_progress_bar()  # ours is enough
     transformers_logging.set_verbosity_error()  # the Trainer remarks on our short runs
@@ -175,7 +199,7 @@ def _train(
     plan = Plan.of(resolved, len(data.rows), length, compute, cost.share)
     state = work.path / _STATE
     name = work.path.name.removesuffix(".partial")
-    how = arguments(resolved, plan, compute, state, work.path.parent / "logs" / name)
+    how = arguments(resolved, plan, compute, state, logs)
     if _compiles(compute, plan, cost, how):
         for compiled in (model, teacher):
             if compiled is not None:
@@ -187,6 +211,11 @@ def _train(
     with progress(f"train {name}", plan.steps * plan.batch_tokens, "tok") as meter:
         shown = ShownProgress(meter, plan, cost.per_token, peak, watch)
         trainer = _Trainer(model, how, data, plan, settings.seed, objective, cost.per_token)
+        if how.fsdp and processes.count() > 1 and not trainer.is_fsdp_enabled:
+            raise RecipeError(
+                f"accelerate does not shard models on the device {how.device.type!r}.",
+                remedy="Take `fsdp` out of compute.trainer: each process then holds the whole model.",
+            )
         trainer.watch_over(compute.stop_at_spike)
         for callback in (CompleteCheckpoints(watch), shown, KeptModels(plan, lambda step: trainer.keep(work, step))):
             trainer.add_callback(callback)
@@ -312,10 +341,15 @@ class _Trainer(Trainer):
 
     def watch_over(self, spike: float | None) -> None:
         """Have the training stopped where the loss spikes by so many nats, or is no number."""
-        self.add_callback(Guard(spike, self.step_loss, self.suspects, scaled=self.args.fp16))
+        self.add_callback(Guard(spike, self.step_figures, self.suspects))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(train_dataset or self.train_dataset)
+
+    def get_decay_parameter_names(self, model: PreTrainedModel) -> list[str]:
+        """Weights that decay: not biases and norms, nor what a model marks (the state matrices of Mamba)."""
+        marked = {name for name, weight in model.named_parameters() if getattr(weight, "_no_weight_decay", False)}
+        return [name for name in super().get_decay_parameter_names(model) if name not in marked]
 
     def compute_loss(
         self, model: PreTrainedModel, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -329,21 +363,30 @@ class _Trainer(Trainer):
         self.summed += 1
         return loss
 
-    def step_loss(self) -> float:
-        """The mean loss of the micro-batches since the last call, of all processes."""
-        mean = torch.stack(self.step_losses).float().mean()
-        self.step_losses.clear()
-        return float(self.accelerator.reduce(mean, "mean"))
+    def step_figures(self) -> tuple[float, float]:
+        """Of all processes since the last call: the micro-batches' mean loss, and 0 or, where a gradient is none, NaN.
 
-    def suspects(self, step: int) -> dict[str, str]:
-        """The instances of a step with the largest loss; under FSDP, whose weights are elsewhere, the range of all."""
+        In float16 gradients are infinite now and then by design, and the step is left out.
+        """
+        loss = torch.stack(self.step_losses).float().mean()
+        self.step_losses.clear()
+        gradient = loss.new_zeros(()) if self.args.fp16 else not_finite(self.plain_model).to(loss.device)
+        means = self.accelerator.reduce(torch.stack([loss, gradient]), "mean").tolist()
+        return means[0], means[1]
+
+    def suspects(self, step: int, gradients: bool) -> dict[str, str]:
+        """The worst instances of a step, see guard.py; where weights are elsewhere (FSDP), the rows of all."""
+        first = (step - 1) * self.plan.batch_instances
+        positions = range(first, first + self.plan.batch_instances)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            first = (step - 1) * self.plan.batch_instances
-            rows = [self.order.row(first + number) for number in range(self.plan.batch_instances)]
-            return {"rows of the step": ", ".join(map(str, rows))}
-        return suspects(
-            self.plain_model, self.order, self.data_collator, self.plan, self.args.per_device_train_batch_size, step
-        )
+            return {"rows of the step": ", ".join(str(self.order.row(position)) for position in positions)}
+        return suspects(self._loss_of, self.plain_model, self.order, positions, gradients)
+
+    def _loss_of(self, position: int) -> Tensor:
+        """The objective's loss of one instance."""
+        batch = self._prepare_inputs(self.data_collator(self.order.__getitems__([position])))
+        loss: Tensor = self.plain_model(batch=batch)[0]
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Complete a point of the curve: the objective's metrics, the held-out loss, tokens, operations."""
