@@ -60,11 +60,6 @@ def _scan_flops(mixer: nn.Module, sequence_length: int) -> int:
     return chunk * (int(mixer.n_groups) * state + inner) + 4 * inner * state  # type: ignore[arg-type]
 
 
-def training_flops(model: PreTrainedModel, sequence_length: int, tokens: int) -> float:
-    """Operations of training on so many predicted tokens."""
-    return TRAINING_PASSES * forward_flops(model, sequence_length) * tokens
-
-
 @torch.inference_mode()
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of a large matrix product here and now: the best of several, about 0.1 s in all."""

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from miniplm.errors import ModelError
 from miniplm.models.attention import use_blocked_attention
+from miniplm.models.compiled import compile_layers
 from miniplm.models.flops import forward_flops, matmul_rate
 from miniplm.models.head import check_head, compiled_logsumexp, head_of, hidden_states, token_logp
 from miniplm.models.load import choose_device, load_model, name_of, own_tokenizer, quantize
@@ -65,7 +66,7 @@ class HuggingFaceScorer:
             self.ceiling: Callable[[], float] = cache(lambda: matmul_rate(model.device, self.weight.dtype))
         self.logsumexp = compiled_logsumexp() if compiled and model.device.type == "cpu" else None
         if compiled and model.device.type == "cuda":
-            model.base_model.compile()
+            compile_layers(model)
 
     @property
     def config(self) -> dict[str, Any]:
