@@ -30,9 +30,11 @@ class ZLoss:
         """A scalar to differentiate, and figures to log."""
         hidden = hidden_states(model, batch["input_ids"]).flatten(0, 1)
         weight, bias = head_of(model)
-        plain = cross_entropy(hidden, weight, bias, batch["targets"].flatten())
+        weights = None if batch["weights"] is None else batch["weights"].flatten()  # None: all targets weigh alike
+        plain = cross_entropy(hidden, weight, bias, batch["targets"].flatten(), weights)
         log_z = torch.nn.functional.linear(hidden, weight, bias).float().logsumexp(dim=1)
-        return plain + self.strength * log_z.square().mean(), {"cross_entropy": plain, "log_z": log_z.mean()}
+        share = torch.full_like(log_z, 1 / len(log_z)) if weights is None else weights
+        return plain + self.strength * log_z.square() @ share, {"cross_entropy": plain, "log_z": log_z @ share}
 
 
 if __name__ == "__main__":

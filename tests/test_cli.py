@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -9,12 +10,14 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from conftest import write_jsonl
 from miniplm import artifact, cli
+from miniplm.pipeline.given import own_fingerprint
 from miniplm.recipe import load
 
 HOSTILE = "\x1b[31mred\x1b[0m <script>alert(1)</script> \u202e\x07"
@@ -544,6 +547,17 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_with_both_number
         (["train", "qwen-1m", "--data", "{pool}", "--tokens", "1e5", "--set", "seed=x"], ["seed", "x"]),
         (["train", "qwen-1m", "--data", "{pool}", "--tokens", "1e5", "--set", "tokens=7"], ["tokens"]),
         (["train", "qwen-1m", "--data", "{pool}", "--tokens", "1e5", "--set", "seed"], ["--set", "seed"]),
+        (["train", "qwen-1m", "--data", "{pool}", "--tokens", "1e5", "--set", "match=flops"], ["option", "--match"]),
+        (["train", "qwen-1m", "--data", "{pool}", "--tokens", "1e5", "--set", "about=x"], ["about", "no setting"]),
+        (["train", "qwen-1m", "--data", "{pool}", "--tokens", "1e5", "--teacher", "{model}"], ["next_token asks no"]),
+        (
+            ["train", "qwen-1m", "--data", "{pool}", "--tokens", "1e5", "--objective", "{{name: vanilla_kd, shar: 1}}"],
+            ["shar"],
+        ),
+        (
+            ["train", "qwen-1m", "--data", "{pool}", "--tokens", "1e5", "--objective", "{{name: [vanilla_kd"],
+            ["--objective", "YAML"],
+        ),
         (["prepare", "{files}", "--tokenizer", "train:300", "--split", "reference=half"], ["reference", "half"]),
         (["prepare", "{files}", "--tokenizer", "train:300", "--split", "refrence=0.5"], ["refrence"]),
         (["prepare", "{files}", "--tokenizer", "train:300", "--split", "reference=0.6,held_out=0.5"], ["pool"]),
@@ -569,6 +583,55 @@ def test_an_option_that_cannot_be_is_an_error_that_names_it(
     for word in words:
         assert word in message
     assert not (tmp_path / "out").exists()
+
+
+def test_an_objective_may_be_given_with_its_settings_and_the_card_says_which_selection(
+    finished: Finished, tmp_path: Path, succeed: Callable[..., str]
+) -> None:
+    chosen = finished.path("selections/difference")
+    out = succeed(
+        "train", "qwen-0.5m", "--data", finished.pool, "--rows", chosen, "--tokens", "512", "--device", "cpu",
+        "--set", "batch_tokens=256,precision=float32", "--objective", "{name: vanilla_kd, share: 3e-1}",
+        "--teacher", finished.path("models/teacher"), "--out", tmp_path / "student",
+    )  # fmt: skip
+    assert "512 tokens" in out
+    recipe = artifact.read(tmp_path / "student").identity.recipe
+    assert recipe["objective"] == {"name": "vanilla_kd", "share": 0.3, "temperature": 1.0, "dtype": "bfloat16"}
+    card = (tmp_path / "student" / "README.md").read_text()
+    instances = artifact.read(finished.pool).counts["instances"]
+    assert f"| data | {instances // 2 / instances:.0%} of pool, by difference sampling |" in card
+    assert f"| selection | {artifact.read(chosen).fingerprint[:12]} |" in card
+
+
+OWN_OBJECTIVE = """
+from miniplm.training.objectives import NextToken
+
+class Plain(NextToken):
+    def __init__(self, is_called=None):
+        if is_called:
+            self.fingerprint = is_called
+"""
+
+
+def test_in_a_recipe_an_objective_of_ones_own_is_what_its_fingerprint_says(
+    copy: Path, finished: Finished, tmp_path: Path, succeed: Callable[..., str], fail: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / "objectives_of_a_user.py").write_text(OWN_OBJECTIVE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = "students.miniplm.objective={{name: 'objectives_of_a_user:Plain', is_called: {}}}"
+    run = (finished.recipe, "--out", copy, "--set")
+    succeed("run", *run, own.format("one"), "--only", "students/miniplm")
+    made = [artifact.read(path).identity.inputs for path in (copy / "students").glob("miniplm-*")]
+    (named,) = {inputs["objective"] for inputs in made if "objective" in inputs}
+    assert named == own_fingerprint(SimpleNamespace(fingerprint="one"), "objective")
+    assert states(succeed("plan", *run, own.format("one")))["students/miniplm"] == "done"
+    assert states(succeed("plan", *run, own.format("two")))["students/miniplm"] == "ready"
+    (tmp_path / "objectives_of_a_user.py").write_text(OWN_OBJECTIVE.replace("= is_called", "= is_called + ' anew'"))
+    monkeypatch.delitem(sys.modules, "objectives_of_a_user")
+    importlib.invalidate_caches()
+    assert states(succeed("plan", *run, own.format("one")))["students/miniplm"] == "ready"
+    assert "Plain does not say what it is" in fail("plan", *run, own.format("null"))
 
 
 @pytest.mark.slow

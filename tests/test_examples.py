@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import miniplm
 from conftest import write_jsonl
+from miniplm.models.load import new_model
+from miniplm.training.objectives import Batch
 
+CONFIG = {
+    "model_type": "qwen2", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}  # fmt: skip
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -67,3 +75,21 @@ def test_a_sampler_of_ones_own(corpus: Path, tmp_path: Path, monkeypatch: pytest
         out=tmp_path / "chosen",
     )
     assert chosen.rows.tolist() == list(range(len(pool) // 4)), "all ties: the lower rows"
+
+
+def test_an_objective_of_ones_own_weighs_its_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(os.fspath(EXAMPLES))
+    objective = importlib.import_module("own_objective").ZLoss(0.5)
+    model = new_model({**CONFIG, "vocab_size": 50}, 0)
+    ids = torch.arange(24).reshape(2, 12)
+    batch: Batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:], "weights": None, "positions": torch.arange(2)}
+    weights = torch.rand(2, 11, generator=torch.Generator().manual_seed(0))
+    weights[1, 4:] = 0  # targets that do not count
+    for given in (None, weights / weights.sum()):
+        log_p = model(batch["input_ids"]).logits
+        log_z = log_p.logsumexp(-1)
+        share = torch.full_like(log_z, 1 / log_z.numel()) if given is None else given
+        plain = log_z - log_p.gather(-1, batch["targets"][..., None])[..., 0]
+        loss, told = objective.loss(model, {**batch, "weights": given})
+        assert loss.item() == pytest.approx((share * (plain + 0.5 * log_z**2)).sum().item(), rel=1e-5)
+        assert told["log_z"].item() == pytest.approx((share * log_z).sum().item(), rel=1e-5)

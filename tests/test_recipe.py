@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from miniplm.errors import RecipeError
-from miniplm.recipe import GivenModel, Recipe, TrainSettings, load, parse
+from miniplm.recipe import GivenModel, Recipe, TrainSettings, VanillaKDSettings, load, parse
 from miniplm.sampling.named import sampler_from
 
 TEXT = """\
@@ -99,6 +99,29 @@ def test_an_unknown_key_of_a_given_model_lists_the_keys_of_a_given_model() -> No
     assert "`revison` in teacher" in message
     assert "trust_remote_code" in message
     assert "Did you mean `revision`?" in message
+
+
+@pytest.mark.parametrize(
+    ("objective", "nearest", "valid"),
+    [
+        ("{name: vanilla_kd, shar: 0.3}", "share", ["dtype", "name", "share", "temperature"]),
+        ("{name: minillm, next_tokn: 0}", "next_token", ["baseline", "length_normalised", "teacher_mix"]),
+        ("{name: next_token, share: 0.3}", "", ["name"]),
+    ],
+)
+def test_an_unknown_key_of_an_objective_lists_the_keys_of_that_objective(
+    objective: str, nearest: str, valid: list[str]
+) -> None:
+    for place in ("    learning_rate: 1e-4", "  control: {like: miniplm, data: random"):
+        comma = place.startswith("  control")
+        message = refused(edited(place, f"{place}{', ' if comma else chr(10) + '    '}objective: {objective}"))
+        (expected,) = [line for line in message.splitlines() if line.split()[0] == "expected"]
+        assert set(valid) <= {name.strip(",") for name in expected.split()}
+        assert f"Did you mean `{nearest}`?" in message if nearest else "Did you mean" not in message
+    inherited = edited("    learning_rate: 1e-4", f"    objective: {objective}").replace(
+        "students:\n", "students:\n  first: {like: miniplm, seed: 1}\n"
+    )
+    assert valid[0] in refused(inherited)
 
 
 @pytest.mark.parametrize(
@@ -245,6 +268,31 @@ def test_an_override_sets_its_key(override: str, path: tuple[str, ...], value: o
 def test_an_override_reaches_those_that_are_like_it() -> None:
     recipe = parse(TEXT, overrides=["students.miniplm.seed=9"])
     assert recipe.students["control"].seed == 9
+
+
+def test_an_override_reaches_into_an_objective_that_is_given_by_its_name_alone() -> None:
+    text = edited("    learning_rate: 1e-4", "    objective: vanilla_kd")
+    recipe = parse(text, overrides=["students.miniplm.objective.share=0.3"])
+    assert recipe.students["miniplm"].objective == VanillaKDSettings(share=0.3)
+    assert recipe.students["control"].objective == VanillaKDSettings(share=0.3)
+    started = edited("    preset: qwen-1m", "    from: some/model")
+    revised = parse(started, overrides=["students.miniplm.from.revision=main"]).students["miniplm"]
+    assert revised.start == GivenModel(model="some/model", revision="main")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ("control: {like: miniplm, data: random}", "control: {like: miniplm, from: miniplm}", "students.control.from"),
+        ("  preset: qwen-0.5m", "  from: control", "reference.from"),
+    ],
+)
+def test_a_student_of_the_same_recipe_cannot_be_gone_on_from(old: str, new: str, key: str) -> None:
+    text = edited(old, new)
+    message = refused(text)
+    assert f"r.yaml, line {line_of(text, new)}: `{key}`" in message
+    assert "is a student of this recipe" in message
+    assert parse(edited(old, new.replace("from: ", "from: ./")))
 
 
 @pytest.mark.parametrize("override", ["select.difference.ratio", "=1", "select..ratio=1", "a.=1", "name.inner=1"])

@@ -37,6 +37,7 @@ def test_a_recipe_plans(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(builtin, "draw", lambda *_: sample)
     monkeypatch.setattr(chains, "open_documents", lambda *_: type("D", (), {"fingerprint": "1" * 64})())
     monkeypatch.setattr(chains, "model_fingerprint", lambda given: "2" * 64)
+    monkeypatch.setattr(chains, "load_tokenizer", lambda *_: type("T", (), {"fingerprint": "3" * 64})())
     monkeypatch.setattr(
         chains.preparing,
         "identity",
@@ -48,3 +49,12 @@ def test_a_recipe_plans(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert {f"students/{name}" for name in loaded.students} <= set(names)
     assert {f"select/{name}" for name in loaded.select} <= set(names)
     assert len({status.stage.path for status in statuses}) == len(names)
+
+
+def test_mamba_has_the_papers_schedule() -> None:
+    """Its peak 2e-3 falls to 1e-5, after 10K of 100K steps of warm-up, with β₂ = 0.95."""
+    students = recipe.load(next(path for path in RECIPES if path.match("paper/families.yaml"))).students
+    for name in ("mamba-pretrain", "mamba-miniplm"):
+        assert preset(students[name].preset or "").learning_rate * students[name].min_lr_ratio == pytest.approx(1e-5)
+        assert (students[name].warmup_ratio, students[name].beta2) == (0.1, 0.95)
+    assert students["llama-miniplm"].beta2 == 0.98

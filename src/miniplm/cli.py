@@ -30,7 +30,8 @@ _LEADER_FIRST_SECONDS = 10.0  # that others of several processes wait before the
 
 # settings whose options differ, and settings of a training that have options
 _OPTIONS = {"score_tokens": "batch-tokens", "train_micro_batch": "micro-batch", "generate_batch": "batch"}
-_TRAIN_OPTIONS = {"model", "data", "tokens", "epochs", "out", "held_out", "counted", "compute", "objective", "teacher"}
+_TRAIN_OPTIONS = {"model", "data", "tokens", "epochs", "out", "held_out", "counted", "objective", "teacher", "match"}
+_NO_SETTINGS = {"about", "compute", "tokenizer"}  # arguments of `train` that are none of a training
 
 app = typer.Typer(
     help="MiniPLM: refine a pre-training corpus with a large model's knowledge, once; train any student on the result.",
@@ -366,11 +367,16 @@ def train(
     rows: RowsOption = None,
     held_out: Annotated[Path | None, typer.Option(help="A part for the loss curve.")] = None,
     objective: Annotated[
-        str, typer.Option(help="next_token, vanilla_kd, minillm, or package.module:Class")
+        str,
+        typer.Option(help="next_token, vanilla_kd, minillm, package.module:Class, or '{name: vanilla_kd, share: 0.3}'"),
     ] = "next_token",
     teacher: Annotated[str | None, typer.Option(help="That the objective asks: Hub id or folder.")] = None,
     match: Annotated[
-        str | None, typer.Option(help="flops: as many steps as plain pre-training's operations pay for")
+        str | None,
+        typer.Option(
+            help="As many steps as plain pre-training pays for: flops, by parameters, as the paper counts; operations, "
+            "by what is computed"
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="learning_rate=1e-3, batch_tokens=8192, seed=1, ...")
@@ -382,41 +388,26 @@ def train(
 ) -> None:
     """Train a model on packed instances: from scratch, or --from a trained one. Under torchrun: in all processes."""
     from miniplm.packing.instances import open_packed
+    from miniplm.pipeline.given import selected_rows
     from miniplm.pipeline.learning import train as train_model
-    from miniplm.sampling.base import open_selection
     from miniplm.training import processes
 
     settings: dict[str, Any] = dict(pair for text in set_ or [] for pair in _pairs(text, "--set").items())
-    own = {
-        "model",
-        "data",
-        "tokens",
-        "epochs",
-        "out",
-        "held_out",
-        "counted",
-        "compute",
-        "objective",
-        "teacher",
-        "match",
-    }
-    if reserved := sorted(settings.keys() & own):
+    if strange := sorted(settings.keys() & _NO_SETTINGS):
+        raise RecipeError(f"--set {strange[0]}=... is no setting of a training.")
+    if reserved := sorted(settings.keys() & _TRAIN_OPTIONS):
         raise RecipeError(f"--set {reserved[0]}=... has an option of its own: --{reserved[0].replace('_', '-')}")
     if (model is None) == (start is None):
         raise RecipeError("one of a preset and --from is needed.", remedy="`miniplm train qwen-1m ...`, for example.")
     packed = open_packed(data)
-    about = {"data": data.name}
-    if rows is not None:
-        selection = open_selection(rows)
-        selection.check_of(packed)
-        about = {"data": f"{len(selection) / selection.of:.0%} of {data.name}, {rows.name}"}
+    chosen, about = (packed, None) if rows is None else selected_rows(packed, rows)
     checkpoint = train_model(
         start if model is None else model,  # type: ignore[arg-type]  # one of them is there
-        packed if rows is None else packed.select(selection.rows),
+        chosen,
         tokens=tokens,
         epochs=epochs,
         out=out,
-        objective=objective,
+        objective=_objective(objective),
         teacher=teacher,
         match=match,
         held_out=None if held_out is None else open_packed(held_out),
@@ -520,6 +511,20 @@ def _compute(**settings: Any) -> Compute:
         setting = str(first["loc"][0])
         option = _OPTIONS.get(setting, setting)
         raise RecipeError(f"--{option} {first['input']!r} cannot be used: {first['msg']}") from error
+
+
+def _objective(text: str) -> str | dict[str, Any]:
+    """A name, or where it begins with a brace a mapping in YAML, as in a recipe."""
+    import yaml
+
+    from miniplm.recipe.dialect import Loader
+
+    if not text.startswith("{"):
+        return text
+    try:
+        return dict(yaml.load(text, Loader=Loader))  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--objective {text!r} is not YAML: {error}") from error
 
 
 def _is_number(text: str) -> bool:

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 import miniplm
 from conftest import write_jsonl
 from miniplm.errors import ArtifactMismatchError, MiniplmError, RecipeError, ScoreError, TokenizerError, TrainingError
-from miniplm.pipeline.given import packed_behind, rows_fingerprint
+from miniplm.pipeline.given import about_rows, own_fingerprint, packed_behind, rows_fingerprint
+from miniplm.training.checkpoint import read_curve
+from miniplm.training.objectives import NextToken
 
 TINY = {
     "model_type": "qwen2", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -88,6 +90,76 @@ def test_a_model_of_another_tokenizer_is_refused(corpus: miniplm.Corpus, tmp_pat
     model = miniplm.train(TINY, other.pool, out=tmp_path / "model", **HOW)
     with pytest.raises(TokenizerError, match="another tokenizer"):
         miniplm.score(corpus.pool, model, out=tmp_path / "scores")
+
+
+def test_a_tokenizer_that_did_not_make_the_rows_is_refused_with_both(corpus: miniplm.Corpus, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "other.jsonl", 200, seed=9)
+    other = miniplm.prepare(
+        tmp_path / "other.jsonl", tokenizer={"train": {"vocab_size": 290}}, sequence_length=31, out=tmp_path / "o",
+        split={"held_out": 0.1, "reference": 0.2},
+    )  # fmt: skip
+    for data in (corpus.pool, corpus.pool.select(range(40))):
+        with pytest.raises(RecipeError, match="not the one that made") as refused:
+            miniplm.train(TINY, data, out=tmp_path / "m", tokenizer=other.tokenizer, **HOW)
+        assert other.tokenizer.fingerprint[:12] in str(refused.value)
+        assert corpus.tokenizer.fingerprint[:12] in str(refused.value)
+    assert not (tmp_path / "m").exists()
+    with_own = miniplm.train(TINY, corpus.pool, out=tmp_path / "m", tokenizer=corpus.tokenizer, **HOW)
+    without = miniplm.train(TINY, corpus.pool, out=tmp_path / "m", **HOW)
+    assert with_own.fingerprint == without.fingerprint
+
+
+def test_a_teacher_that_nobody_asks_is_refused(corpus: miniplm.Corpus, tmp_path: Path) -> None:
+    for objective, name in (("next_token", "next_token"), (Twice(), "Twice"), (f"{__name__}:Twice", "Twice")):
+        with pytest.raises(RecipeError, match=f"the objective {name} asks no teacher"):
+            miniplm.train(TINY, corpus.pool, out=tmp_path / "m", objective=objective, teacher="no/such", **HOW)
+    assert not list(tmp_path.iterdir())
+
+
+class Twice:
+    """An objective: twice the cross entropy."""
+
+    fingerprint = "twice"
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        loss, metrics = NextToken().loss(model, batch)
+        return 2 * loss, metrics
+
+
+class Nameless:
+    """An objective that does not say what it is."""
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        return NextToken().loss(model, batch)
+
+
+def test_an_objective_by_name_is_what_its_fingerprint_says(
+    corpus: miniplm.Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = f"{__name__}:Twice"
+    made = miniplm.train(TINY, corpus.pool, out=tmp_path / "m", objective=named, **HOW)
+    plain = miniplm.train(TINY, corpus.pool, out=tmp_path / "plain", **HOW)
+    first, once = (read_curve(model.path)[0]["train_loss"] for model in (made, plain))
+    assert first == pytest.approx(2 * once, rel=0.05)
+    inputs = made.manifest.identity.inputs
+    assert inputs["objective"] == own_fingerprint(Twice(), "objective")
+    monkeypatch.setattr(Twice, "fingerprint", "thrice")
+    with pytest.raises(ArtifactMismatchError):
+        miniplm.train(TINY, corpus.pool, out=tmp_path / "m", objective=named, **HOW)
+    with pytest.raises(RecipeError, match="Nameless does not say what it is"):
+        miniplm.train(TINY, corpus.pool, out=tmp_path / "n", objective=f"{__name__}:Nameless", **HOW)
+
+
+def test_the_model_card_says_which_part_and_how_much_of_it(corpus: miniplm.Corpus, tmp_path: Path) -> None:
+    half = corpus.pool.select(range(0, len(corpus.pool), 2))
+    for name, data, how, said in (
+        ("whole", corpus.pool, {}, "| data | pool |"),
+        ("half", half, {}, "| data | 50% of pool |"),
+        ("told", half, {"about": {"data": "mine"}}, "| data | mine |"),
+    ):
+        model = miniplm.train(TINY, data, out=tmp_path / name, **how, **HOW)
+        assert said in (model.path / "README.md").read_text()
+    assert about_rows(half, None) == {}
 
 
 class Constant:

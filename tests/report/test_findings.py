@@ -47,16 +47,18 @@ select:
 generate:
   written: {{data: random, dtype: float32}}
 retokenize:
+  other-random: {{data: random, tokenizer: TOKENIZER}}
   other: {{data: written, tokenizer: TOKENIZER}}
 students:
   control: {{{TINY}, tokens: 4096, data: random}}
   student: {{like: control, data: difference}}
   kd: {{like: control, objective: {{name: vanilla_kd, dtype: float32}}, match: flops}}
   policy: {{like: control, objective: {{name: minillm, dtype: float32}}, match: operations}}
+  family-control: {{like: control, data: other-random}}
   family: {{like: control, data: other}}
 compute: {{device: cpu}}
 """
-STUDENTS = ("control", "student", "kd", "policy", "family")
+STUDENTS = ("control", "student", "kd", "policy", "family-control", "family")
 
 
 def write_tokenizer(folder: Path, corpus: Path) -> None:
@@ -92,11 +94,15 @@ def by_name(findings: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def test_figures_of_students_are_those_of_their_evaluations(finished: Chain, findings: dict[str, Any]) -> None:
-    assert findings["control"] == "control"
+    assert {name: one["control"] for name, one in by_name(findings).items()} == {
+        **dict.fromkeys(("student", "kd", "policy"), "control"),
+        "family": "family-control",
+        **dict.fromkeys(("control", "family-control")),
+    }
     for student in findings["students"]:
         scores = open_evaluation(finished[f"evaluate/{student['name']}"].path).scores
         nats = -scores.logp.sum() / scores.n_tokens.sum()
-        assert student["loss"] == (None if student["name"] == "family" else pytest.approx(nats))
+        assert student["loss"] == (None if "family" in student["name"] else pytest.approx(nats))
         assert student["bits_per_byte"] == pytest.approx(-scores.logp.sum() / np.log(2) / scores.n_bytes.sum())
 
 
@@ -154,7 +160,7 @@ def test_the_comparison_is_paired_by_instance(finished: Chain, findings: dict[st
 
 def test_a_tokenizer_of_its_own_is_compared_in_bits_per_byte(findings: dict[str, Any]) -> None:
     students = by_name(findings)
-    assert [name for name, one in students.items() if one["own_tokenizer"]] == ["family"]
+    assert [name for name, one in students.items() if one["own_tokenizer"]] == ["family-control", "family"]
     family = students["family"]
     assert [one["kind"] for one in family["made_of"]] == ["retokenised", "generated", "selection"]
     assert family["loss"] is family["loss_se"] is family["curve"][-1]["held_out_loss"] is None
@@ -162,7 +168,8 @@ def test_a_tokenizer_of_its_own_is_compared_in_bits_per_byte(findings: dict[str,
     comparison = findings["comparisons"][-1]
     assert comparison["student"] == "family"
     assert comparison["unit"] == "bits per byte"
-    gap = family["bits_per_byte"] - students["control"]["bits_per_byte"]
+    assert comparison["control"] == "family-control"
+    gap = family["bits_per_byte"] - students["family-control"]["bits_per_byte"]
     assert comparison["difference"] == pytest.approx(gap)
     assert comparison["bits_difference"] == pytest.approx(gap)
     assert comparison["same_loss"] is None
@@ -190,23 +197,107 @@ def test_the_error_of_a_difference_in_bits_is_that_of_leaving_out_each_instance(
     assert found.standard_error == pytest.approx(jackknife, rel=0.05)
 
 
-def test_the_control_is_plainly_pre_trained_on_what_chance_chose(finished: Chain) -> None:
-    def control(**data: str) -> str | None:
-        students = {
-            name: finished.recipe.students["kd" if name.startswith("kd") else "control"].model_copy(
-                update={"data": chosen}
-            )
-            for name, chosen in data.items()
-        }
-        return control_of(finished.recipe.model_copy(update={"students": students}))
+SHAPE = """
+schema: 1
+name: shape
+corpus: {files: corpus.jsonl}
+prepare: {tokenizer: ours, split: {reference: 0.2}}
+teacher: {model: teacher}
+reference: {preset: qwen-104m, tokens: 1e6}
+select:
+  random: {sampler: random}
+  difference: {sampler: difference}
+  quarter: {sampler: difference, ratio: 0.25}
+generate:
+  written: {data: random}
+  written-difference: {data: difference}
+retokenize:
+  theirs-random: {data: random, tokenizer: theirs}
+  theirs-difference: {data: difference, tokenizer: theirs}
+  theirs-written: {data: written, tokenizer: theirs}
+  others-random: {data: random, tokenizer: others}
+  ours-random: {data: random, tokenizer: ours}
+students:
+"""
+RECIPES = Path(__file__).parents[2] / "recipes"
 
-    assert control(kd="random", a="written", b="difference", c="pool", d="random") == "d"
-    assert control(kd="pool", a="other", c="pool") == "c"
-    assert control(kd="random", kd2="pool", a="written", b="difference") is None
+
+def controls_of(settings: recipe.Recipe) -> dict[str, str | None]:
+    return {name: control_of(settings, name) for name in settings.students}
+
+
+def with_students(**students: str) -> dict[str, str | None]:
+    """The controls of students given by their data, or by settings that differ from the first one's."""
+    lines = []
+    for number, (name, said) in enumerate(students.items()):
+        first = "preset: qwen-1m, tokens: 1e6" if number == 0 else f"like: {next(iter(students))}"
+        lines.append(f"  {name}: {{{first}, {said if ':' in said else 'data: ' + said}}}")
+    return controls_of(recipe.parse(SHAPE + "\n".join(lines)))
+
+
+def test_students_of_other_families_have_their_own_families_controls() -> None:
+    assert controls_of(recipe.load(RECIPES / "paper/families.yaml")) == {
+        "llama-pretrain": None,
+        "llama-miniplm": "llama-pretrain",
+        "mamba-pretrain": None,
+        "mamba-miniplm": "mamba-pretrain",
+    }
+
+
+def test_a_larger_models_control_is_none_of_smaller_students() -> None:
+    found = controls_of(recipe.load(RECIPES / "studies/families.yaml"))
+    assert [name for name, control in found.items() if control == "strong-control"] == ["strong"]
+    assert found["strong-control"] is None
+
+
+def test_methods_of_one_model_share_a_control() -> None:
+    methods = ("vanilla_kd", "seqkd", "minillm", "miniplm", "miniplm_kd")
+    for name in ("studies/baselines.yaml", "paper/baselines-200m.yaml"):
+        found = controls_of(recipe.load(RECIPES / name))
+        assert found == {"pretrain": None, **dict.fromkeys(methods, "pretrain")}
+
+
+def test_where_epochs_make_up_for_data_the_control_reads_the_pool_once() -> None:
+    found = controls_of(recipe.load(RECIPES / "paper/data-limited.yaml"))
+    assert found == {"pretrain": None, **dict.fromkeys(("half", "quarter", "eighth"), "pretrain")}
+
+
+def test_a_control_has_the_same_model_length_and_tokenizer() -> None:
+    found = with_students(
+        control="random",
+        student="difference",
+        larger="preset: qwen-5m, data: difference",
+        longer="tokens: 2e6, data: difference",
+        passes="epochs: 2, data: difference",
+        other="theirs-difference",
+        same="ours-random",
+        policy="objective: minillm, match: flops, learning_rate: 1e-4, data: difference",
+    )
+    assert found == {
+        **dict.fromkeys(found),
+        **dict.fromkeys(("student", "same", "policy"), "control"),
+    }
+
+
+def test_the_first_of_several_controls_is_taken() -> None:
+    assert with_students(a="difference", b="pool", c="random") == {"a": "b", "b": None, "c": "b"}
+    assert with_students(a="difference", c="random", b="pool") == {"a": "c", "c": None, "b": "c"}
+
+
+def test_what_a_teacher_wrote_controls_only_what_it_wrote() -> None:
+    assert with_students(a="written", b="difference") == {"a": None, "b": None}
+    assert with_students(a="written", b="written-difference") == {"a": None, "b": "a"}
+    assert with_students(a="written", b="written-difference", c="random") == {"a": "c", "b": "c", "c": None}
+    assert with_students(a="theirs-written", b="theirs-random", c="others-random") == {"a": "b", "b": None, "c": None}
+
+
+def test_without_chance_or_a_plain_objective_there_is_no_control() -> None:
+    assert with_students(a="difference", b="quarter") == {"a": None, "b": None}
+    assert with_students(a="difference", kd="objective: vanilla_kd, data: random") == {"a": None, "kd": None}
 
 
 def test_data_made_for_students_is_counted(finished: Chain, findings: dict[str, Any]) -> None:
-    (written,), (other,) = findings["generated"], findings["retokenized"]
+    (written,), (_, other) = findings["generated"], findings["retokenized"]
     counts = artifact.read(finished["generate/written"].path).counts
     for key in ("instances", "kept_unchanged", "generated_tokens", "tokens_out", "prompt_tokens"):
         assert written[key] == counts[key]
@@ -241,6 +332,9 @@ def test_the_tables_agree_with_the_findings(finished: Chain, findings: dict[str,
     assert rows["family"]["made_of"] == "retokenised from written, generated from random"
     assert rows["kd"]["objective"] == "vanilla_kd λ=0.5"
     assert rows["family"]["unit"] == "bits per byte"
+    assert {name: row["control"] for name, row in rows.items()} == {
+        name: one["control"] or "" for name, one in by_name(findings).items()
+    }
 
 
 def test_what_is_printed_leaves_nothing_out(finished: Chain, findings: dict[str, Any]) -> None:
@@ -249,6 +343,8 @@ def test_what_is_printed_leaves_nothing_out(finished: Chain, findings: dict[str,
     for name in STUDENTS:
         assert sum(line.startswith(f"{name} ") for line in lines) == 2
     family, family_took = (line for line in lines if line.startswith("family "))
+    assert family.endswith("  (family-control)")
+    assert sum(line.endswith("  (a control)") for line in lines) == 2
     assert " – " in family
     assert "bits/byte" in family
     assert family_took.endswith(" –"), "its training loss is of other tokens"
@@ -300,7 +396,7 @@ def test_the_report_is_written_once_and_again_when_settings_change(finished: Cha
     )
     assert write_report(finished).stat().st_mtime_ns > written
     table = summary(finished)
-    assert "(the control)" in table
+    assert "(a control)" in table
     assert "student" in table
     rows = (finished.root / "evaluations.csv").read_text().splitlines()
     assert rows[0] == "model,dataset,source,metric,value,standard_error,n"

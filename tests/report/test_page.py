@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 import re
 from collections import Counter
@@ -13,7 +14,8 @@ from typing import Any
 import matplotlib
 import pytest
 
-from miniplm.report import figures, page
+from miniplm.report import figures, page, summary
+from miniplm.report.training import students_csv
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 SVG_TAGS = {"svg", "g", "path", "text", "use", "defs", "clippath", "rect"}
@@ -118,6 +120,7 @@ def student(name: str, data: str, loss: float, tokens: int = 1998848) -> dict[st
         "tokens_per_s": 19000, "flops_per_s": 1.5e11, "share_of_matmul_rate": 0.42, "device": "cpu", "processes": 1,
         "loss": loss, "loss_se": 0.03, "bits_per_byte": 2.31, "bits_per_byte_se": 0.01,
         "by_source": by_source, "curve": curve, "path": f"students/{name}-1a2b3c4d5e6f",
+        "control": None if name == "control" else "control",
     }  # fmt: skip
 
 
@@ -147,7 +150,7 @@ def example(text: str) -> dict[str, Any]:
 
 
 def model(role: str, loss: float) -> dict[str, Any]:
-    absent = ("name", "data", "made_of", "tokenizer", "own_tokenizer")
+    absent = ("name", "data", "made_of", "tokenizer", "own_tokenizer", "control")
     return {"role": role} | {key: value for key, value in student("", "", loss).items() if key not in absent}
 
 
@@ -201,9 +204,8 @@ def full_findings() -> dict[str, Any]:
     same_loss = {"control_tokens": 2000000, "student_tokens": 1700000, "ratio": 1.18, "note": "1.7M of 2.0M tokens"}
     parts = ("documents", "text_bytes", "tokens_in", "tokens_out", "leftover_tokens", "instances")
     return {
-        "schema": 2,
+        "schema": 3,
         "name": "quickstart",
-        "control": "control",
         "students": [
             student("miniplm", "difference", 5.118),
             student("ranked", "ranked", 5.16),
@@ -292,7 +294,7 @@ def harmless() -> Document:
 def empty(findings: dict[str, Any]) -> dict[str, Any]:
     lists = {key: [] for key, value in findings.items() if isinstance(value, list)}
     effects: dict[str, Any] = {"easy_dropped": [], "hard_kept": [], "noisy_dropped": [], "notes": {}}
-    return findings | lists | {"control": None, "scores": None, "effects": effects, "versions": {}, "recipe": ""}
+    return findings | lists | {"scores": None, "effects": effects, "versions": {}, "recipe": ""}
 
 
 FIXED = ("verdict", "role", "normalize", "within", "sampler", "unit", "kind", "match", "tokenizer")
@@ -413,8 +415,8 @@ def test_the_data_made_for_students_is_counted(distillation: dict[str, Any]) -> 
 
 def test_a_student_looks_the_same_in_every_figure(distillation: dict[str, Any]) -> None:
     students = distillation["students"]
-    whole = figures.loss_curves(students, "control", "cross_entropy")
-    alone = figures.loss_curves(students, "control", "cross_entropy", only=["family"])
+    whole = figures.loss_curves(students, ["control"], "cross_entropy")
+    alone = figures.loss_curves(students, ["control"], "cross_entropy", only=["family"])
     colour = "--series-6"  # the sixth that is not the control
     assert colour in alone
     assert colour in whole
@@ -457,7 +459,7 @@ def test_an_empty_run_renders(empty: dict[str, Any]) -> None:
             "At equal tokens, miniplm is 0.100 ± 0.011 nats per token worse than it. "
             "Of 2 students compared: 2 worse.",
         ),
-        ([], "Nothing was compared with the control, so this run cannot say whether the selection helps."),
+        ([], "Nothing was compared with a control, so this run cannot say whether the selection helps."),
     ],
 )
 def test_the_headline_follows_the_verdicts(
@@ -467,8 +469,78 @@ def test_the_headline_follows_the_verdicts(
 
 
 def test_the_headline_without_a_control_claims_nothing(findings: dict[str, Any]) -> None:
-    html = page.render(findings | {"control": None, "comparisons": []})
-    assert headline_of(html).startswith("No control student was trained")
+    students = [one | {"control": None} for one in findings["students"]]
+    html = page.render(findings | {"students": students, "comparisons": []})
+    assert headline_of(html).startswith("No student has a control")
+    assert headline_of(html).endswith("this run cannot say whether the selection helps.")
+    words = parse(html).words()
+    assert words.count("2.310 ± 0.010 no control") == 3
+    assert not {"better", "worse", "noise"} & {
+        word for text in parse(html).inside("td", "small") for word in text.split()
+    }
+
+
+def family_findings() -> dict[str, Any]:
+    """Two models, a control for each, and a student of a third that has none."""
+    found = full_findings()
+    origin = [{"name": "theirs-random", "kind": "retokenised"}, {"name": "random", "kind": "selection"}]
+    own = {"control": None, "tokenizer": "theirs", "own_tokenizer": True}
+    found["students"] += [
+        student("llama", "theirs", 5.0) | own | {"control": "llama-control"},
+        student("llama-control", "theirs-random", 5.1) | own | {"made_of": origin},
+        student("mamba", "difference", 5.3) | {"control": None},
+    ]
+    to_its_own = {"control": "llama-control", "unit": "bits per byte", "bits_difference": -0.09}
+    found["comparisons"].append(comparison("llama", -0.09, "better") | to_its_own)
+    return found
+
+
+def test_with_several_controls_each_verdict_names_its_own() -> None:
+    found = family_findings()
+    html = page.render(found)
+    assert headline_of(html) == (
+        "At equal tokens, llama is 0.090 ± 0.011 bits per byte better than the random control, llama-control . "
+        "Of 3 students compared: 2 better, 1 within noise. Without a control, and so without a verdict: mamba ."
+    )
+    document = parse(html)
+    words = document.words()
+    assert "−0.052 ± 0.011 better, to control" in words
+    assert "−0.090 ± 0.011 bits per byte, better, to llama-control" in words
+    assert words.count("no control") == 1
+    assert [value for tag, name, value in document.attributes if (tag, name, value) == ("tr", "class", "control")] == [
+        "control"
+    ] * 2
+    printed = summary.lines(found)
+    assert [line.split()[0] for line in printed if line.endswith("(a control)")] == ["control", "llama-control"]
+    assert [line.split()[0] for line in printed if line.endswith("(no control)")] == ["mamba"]
+    assert any(line.startswith("llama ") and line.endswith("better  (llama-control)") for line in printed)
+    rows = list(csv.DictReader(students_csv(found).splitlines()))
+    assert [row["control"] for row in rows] == ["control", "control", "", "llama-control", "", ""]
+    assert [row["verdict"] for row in rows] == ["better", "within noise", "", "better", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "expected"),
+    [
+        ("worse", "llama is 0.090 ± 0.011 bits per byte worse than the random control, llama-control ."),
+        (
+            "within noise",
+            "the difference of llama to the random control, llama-control , is within noise: "
+            "−0.090 ± 0.011 bits per byte.",
+        ),
+    ],
+)
+def test_with_several_controls_no_student_beat_its_own(verdict: str, expected: str) -> None:
+    found = family_findings()
+    found["comparisons"] = [found["comparisons"][-1] | {"verdict": verdict}]
+    assert said(found).startswith(f"No student beat its control. At equal tokens, {expected}")
+
+
+def test_every_control_is_named_in_bold() -> None:
+    found = family_findings()
+    svg = figures.loss_curves(found["students"], ["control", "llama-control"])
+    bold = re.findall(r"<text[^>]*font-weight: 700[^>]*>([^<]*)<", svg)
+    assert [text.split()[0] for text in bold] == ["control", "llama-control"]
 
 
 def test_the_headline_names_unequal_budgets_and_other_controls(findings: dict[str, Any]) -> None:
@@ -500,7 +572,7 @@ def test_the_headline_orders_students_of_different_tokenizers_by_bits(distillati
 
 
 def test_the_headline_says_when_the_control_has_the_whole_pool(findings: dict[str, Any]) -> None:
-    findings["students"][2]["data"] = "pool"
+    findings["students"][2] |= {"data": "pool", "made_of": [{"name": "pool", "kind": "pool"}]}
     assert "better than the control on the whole pool." in headline_of(page.render(findings))
 
 
@@ -568,7 +640,7 @@ def test_same_findings_same_bytes(findings: dict[str, Any]) -> None:
 
 
 def test_every_colour_of_a_figure_can_be_recoloured(findings: dict[str, Any]) -> None:
-    svg = figures.loss_curves(findings["students"], "control")
+    svg = figures.loss_curves(findings["students"], ["control"])
     assert "var(--series-1, #0072b2)" in svg
     assert re.findall(r"(?<!, )#[0-9a-f]{6}\b", svg) == []
 
@@ -608,7 +680,7 @@ def test_many_students_and_sources(findings: dict[str, Any]) -> None:
 
 def test_a_curve_of_one_point_at_zero_tokens_is_drawn() -> None:
     one = student("miniplm", "difference", 5.0) | {"curve": [{"tokens": 0, "held_out_loss": 9.0, "train_loss": None}]}
-    assert "miniplm" in figures.loss_curves([one], None)
+    assert "miniplm" in figures.loss_curves([one], [])
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@
 
 On the command line: JSON, a list of trainings that follow each other. A training: `corpus`, `out`, `settings` and
 `compute`; `teacher`, if any; `trouble`, if any: what happens to which ranks at which of their micro-batches, counted
-from 0 (`kill`: it kills itself; `stop`: what control-C raises; `nan`: its loss is no number); `sharded`: whether
-accelerate is made to shard between CPUs from here on. An error of ours is printed, and the next training begun. Each
-process writes what it sees to `<out>.seen/<rank>.jsonl`: a line for a micro-batch, the positions in the training and
-the rows' first tokens.
+from 0 (`kill`: it kills itself; `stop`: what control-C raises; `nan`: its loss is no number; `full disk`: from then on
+no model can be kept); `sharded`: whether accelerate is made to shard between CPUs from here on. An error of ours is
+printed, and the next training begun. Each process writes what it sees to `<out>.seen/<rank>.jsonl`: a line for a micro-
+batch, the positions in the training and the rows' first tokens.
 """
 
 from __future__ import annotations
@@ -42,6 +42,10 @@ def shard_on_cpu() -> None:
     AcceleratorState.__init__ = begun
 
 
+def no_room(*given: Any, **named: Any) -> None:
+    raise OSError("the disk is full, for a test")
+
+
 class Seen:
     """An objective that writes down what another one sees, and gets into trouble."""
 
@@ -55,6 +59,8 @@ class Seen:
             os.kill(os.getpid(), signal.SIGKILL)
         if trouble == "stop":
             raise KeyboardInterrupt
+        if trouble == "full disk":
+            model.save_pretrained = no_room
         loss, metrics = self.other.loss(model, batch)
         with self.log.open("a") as file:
             file.write(json.dumps([batch["positions"].tolist(), batch["input_ids"][:, :8].tolist()]) + "\n")
@@ -103,5 +109,5 @@ if __name__ == "__main__":
             shard_on_cpu()
         try:
             train(**asked)
-        except (miniplm.MiniplmError, KeyboardInterrupt) as error:
+        except (miniplm.MiniplmError, KeyboardInterrupt, OSError) as error:
             print(f"process {processes.rank()}: {error}", file=sys.stderr)

@@ -265,6 +265,47 @@ def test_the_model_card_says_of_what_and_how_the_model_was_made(trained: Checkpo
     assert rows["train tokens"] == f"{STEPS * BATCH * T:,}"
     assert rows["final training loss (nats per token)"] == f"{last['train_loss']:.4f}"
     assert rows["final held-out loss (nats per token)"] == f"{last['held_out_loss']:.4f}"
+    assert "final cross entropy (nats per token)" not in rows
+    assert "\nPre-trained by miniplm" in text
+    assert "base_model" not in head
+
+
+def rows_of(model: Path) -> dict[str, str]:
+    lines = (model / "README.md").read_text().splitlines()
+    return dict(line[2:-2].split(" | ", 1) for line in lines if line.startswith("| ") and " | " in line[2:-2])
+
+
+def test_the_card_of_a_distilled_model_names_the_teacher_and_calls_its_losses_what_they_are(
+    trained: Checkpoint, corpus: Corpus, tmp_path: Path
+) -> None:
+    objective = {"name": "vanilla_kd", "share": 0.25, "dtype": "float32"}
+    made = train(corpus.pool, tmp_path / "m", 2, objective=objective, teacher=trained.path)
+    last = read_curve(made.path)[-1]
+    rows = rows_of(made.path)
+    assert rows["objective"] == "vanilla_kd (share 0.25, dtype float32)"
+    assert rows["teacher"] == trained.path.name
+    assert rows["final training loss (vanilla_kd)"] == f"{last['train_loss']:.4f}"
+    assert rows["final cross entropy (nats per token)"] == f"{last['cross_entropy']:.4f}"
+    assert "final training loss (nats per token)" not in rows
+    assert str(trained.path.parent) not in (made.path / "README.md").read_text()
+
+
+def test_the_card_of_a_model_trained_further_says_from_what(
+    trained: Checkpoint, corpus: Corpus, tmp_path: Path
+) -> None:
+    made = go_on(trained.path, corpus.pool, tmp_path / "m")
+    text = (made.path / "README.md").read_text()
+    assert rows_of(made.path)["continued from"] == trained.path.name
+    assert "\nTrained further by miniplm" in text
+    assert "Pre-trained" not in text
+    assert "base_model" not in text, "a folder is no model of the Hub's"
+    assert str(trained.path.parent) not in text
+
+
+def test_a_model_of_the_hubs_is_the_base_model_of_a_card() -> None:
+    counts = {"parameters": 10, "train_flops": 30.0, "model_type": "qwen2"}
+    text = card(counts, {}, None, {"train_loss": 1.0}, start="someone/some-model")
+    assert '\nbase_model: "someone/some-model"\n' in text.split("---")[1]
 
 
 HOSTILE = "a|b ![](https://example.org/seen)\n---\n# Title <script>alert(1)</script>\\ \r\n| x | y |"
@@ -295,6 +336,8 @@ OWN = """
 from miniplm.training.objectives import NextToken
 
 class Scaled:
+    fingerprint = "scaled"
+
     def __init__(self, by=1.0):
         self.by = by
 
@@ -323,7 +366,7 @@ def test_an_objective_of_ones_own_by_name_takes_settings_and_logs_its_figures(
     assert point["plain"] == pytest.approx(expected["train_loss"], abs=1e-5)
     assert point["train_loss"] == pytest.approx(2 * expected["train_loss"], abs=1e-5)
     assert made.manifest.identity.recipe["objective"] == {"name": f"{own_module}:Scaled", "by": 2.0}
-    assert f"| objective | {own_module}:Scaled |" in (made.path / "README.md").read_text()
+    assert f"| objective | {own_module}:Scaled (by 2) |" in (made.path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -354,6 +397,22 @@ def test_an_objective_as_an_object_enters_the_fingerprint_by_what_it_says_it_is(
     assert first.fingerprint != second.fingerprint
     with pytest.raises(RecipeError, match="does not say what it is"):
         train(corpus.pool, tmp_path / "m", 1, objective=NextToken())
+
+
+class Floats:
+    """Next-token prediction that logs a figure that is no tensor."""
+
+    fingerprint = "floats"
+
+    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+        loss, _ = NextToken().loss(model, batch)
+        return loss, {"half": 0.5, "whole": 2}
+
+
+def test_a_figure_of_an_objective_may_be_a_plain_number(corpus: Corpus, tmp_path: Path) -> None:
+    made = train(corpus.pool, tmp_path / "m", 2, objective=Floats(), compute={"train_micro_batch": 2})
+    assert [(point["half"], point["whole"]) for point in read_curve(made.path)] == [(0.5, 2.0)] * 2
+    assert rows_of(made.path)["objective"] == "Floats"
 
 
 # Golden curves

@@ -20,7 +20,7 @@ from miniplm.errors import TrainingError
 from miniplm.packing.prepare import Corpus
 from miniplm.training.checkpoint import read_curve
 from miniplm.training.data import TrainingOrder
-from miniplm.training.guard import Guard
+from miniplm.training.guard import Guard, whole_step
 from miniplm.training.objectives import Batch, NextToken
 
 
@@ -99,6 +99,23 @@ def test_a_document_whose_name_steers_terminals_is_named_harmlessly(corpus: Corp
         train(rows, tmp_path / "m", 2, tokenizer=corpus.tokenizer, objective=Poisoned(rows[0]["input_ids"], "nan"))
     assert "\x1b" not in str(error.value)
     assert "red⏎error" in str(error.value)
+
+
+@pytest.mark.parametrize(("instances", "named"), [(5, 5), (8, 8), (512, 8)])
+def test_where_the_worst_cannot_be_told_the_first_rows_of_the_step_and_the_last_are_named(
+    instances: int, named: int, corpus: Corpus
+) -> None:
+    order = TrainingOrder(corpus.pool.dataset, 4096, 0)
+    facts = whole_step(order, range(1024, 1024 + instances))
+    assert facts["instances"] == f"{instances}, positions 1,024 to {1023 + instances:,} of the training"
+    rows = {name: value for name, value in facts.items() if name.startswith("position ")}
+    assert len(rows) == named
+    for position in (1024, 1023 + instances):
+        row = order.row(position)
+        document = corpus.pool.dataset[row]["documents"][0]
+        assert rows[f"position {position:,}"].startswith(f"row {row}, ")
+        assert document in rows[f"position {position:,}"]
+    assert facts.get("left out") == (None if instances == named else f"{instances - named} more")
 
 
 # Spikes

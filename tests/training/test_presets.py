@@ -181,3 +181,10 @@ def test_a_config_without_vocabulary_gets_the_tokenizers_padded() -> None:
 def test_a_config_with_fewer_embeddings_than_tokens_is_refused_with_both_sizes() -> None:
     with pytest.raises(ModelError, match=r"(?s)300 tokens.*299 embeddings"):
         resolve(settings(config={**CONFIG, "vocab_size": 299}, batch_tokens=64, learning_rate=1e-3), 300, 0)
+
+
+@pytest.mark.parametrize("size", ["many", None, 300.5])
+def test_a_vocabulary_that_is_no_whole_number_is_a_recipe_error(size: Any) -> None:
+    config = {"model_type": "qwen2", "vocab_size": size}
+    with pytest.raises(RecipeError, match=f"(?s)vocab_size.*no whole number.*{size!r}"):
+        resolve(settings(preset=None, config=config, learning_rate=1e-3, batch_tokens=64), 300, 0)

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from miniplm import artifact
 from miniplm.artifact import provenance
+from miniplm.errors import TrainingError
 from miniplm.training.checkpoint import read_curve
 
 pytestmark = pytest.mark.slow
@@ -135,7 +136,11 @@ def again(two: Runs) -> Runs:
         two.asked(two.interrupted("one-stopped", "one-in-two"), SETTINGS, COMPUTE),
         two.asked("two", {**SETTINGS, "seed": 3}, COMPUTE),
         two.asked("poisoned", SETTINGS, COMPUTE, trouble=("nan", [1], 5)),
+        two.asked("unreported", SETTINGS, {**COMPUTE, "report_to": "no-such-service"}),
+        two.asked("infinite", {**SETTINGS, "tokens": BATCH * T, "learning_rate": 1e39, "warmup_ratio": 0}, COMPUTE),
+        two.asked("kept", {**SETTINGS, "keep": 1}, COMPUTE, trouble=("full disk", [0], 0)),
         two.asked(two.interrupted("sharded-killed", "sharded-again"), {**SETTINGS, "keep": 1}, SHARDED, sharded=True),
+        two.asked(two.interrupted("two-stopped", "whole-in-shards"), SETTINGS, SHARDED),
     )
     assert ended.returncode == 0, ended.stderr
     (two.root / "again.said").write_text(ended.stderr)
@@ -214,6 +219,42 @@ def test_a_loss_that_is_no_number_in_one_process_stops_all_at_that_step(again: R
     for rank in (0, 1):
         assert f"process {rank}: the training loss is nan at step {5 // BATCHES + 1}." in said
     assert not (again.root / "poisoned").exists()
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "`compute.report_to`: there is no reporting to 'no-such-service' here",
+        "the weights are no numbers after the last of 1 steps",
+        "(the process that leads failed: )?the disk is full, for a test",
+    ],
+)
+def test_what_only_the_leader_finds_stops_all(what: str, again: Runs) -> None:
+    """And nobody waits for the others: the next training begins."""
+    said = (again.root / "again.said").read_text()
+    for rank in (0, 1):
+        assert re.search(f"process {rank}: {what}", said), said
+
+
+def test_a_state_of_whole_weights_is_not_gone_on_from_with_weights_shared_out(again: Runs) -> None:
+    said = (again.root / "again.said").read_text()
+    for rank in (0, 1):
+        assert f"process {rank}: the state of the interrupted training cannot be read by this run." in said
+    assert re.search(r"state +weights whole, 2 processes\n +this run +weights shared out, 2 processes", said)
+    assert "without `fsdp` and `deepspeed`" in said
+
+
+@pytest.mark.parametrize("compute", [COMPUTE, SHARDED])
+def test_a_state_of_weights_shared_out_is_not_gone_on_from_by_one_process(compute: dict[str, Any], two: Runs) -> None:
+    new = two.interrupted("sharded-killed", f"sharded-in-one-{len(compute)}")
+    with pytest.raises(TrainingError, match=r"(?s)shared out, 2 processes.*weights whole, 1 process\n.*with `fsdp`"):
+        train_here(**two.asked(new, {**SETTINGS, "keep": 1}, compute))
+    shutil.rmtree(two.root / f"{new}.partial")
+
+
+def test_one_process_has_nobody_to_share_weights_with_and_trains_as_if_it_was_not_asked(one: Runs) -> None:
+    train_here(**one.asked("alone", SETTINGS, SHARDED))
+    one.assert_same_bytes("alone", "one")
 
 
 def test_the_command_line_names_an_error_once(one: Runs) -> None:

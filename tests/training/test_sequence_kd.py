@@ -175,18 +175,20 @@ def test_prompts_stay_and_the_rest_is_what_the_teacher_writes_without_a_cache(
 def test_without_the_mask_the_teacher_would_write_what_is_no_text(
     corpus: Corpus, rows: NDArray[np.int64], teacher: GivenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sequence_kd, "unspeakable", lambda tokenizer: np.zeros(tokenizer.vocab_size, np.bool_))
+    monkeypatch.setattr(
+        tokenizers.Tokenizer, "unspeakable", property(lambda tokenizer: np.zeros(tokenizer.vocab_size, np.bool_))
+    )
     found = generate(corpus.pool, rows, teacher, tmp_path / "out")
     assert 300 in np.array(found.dataset["input_ids"])[:, P:]
 
 
 def test_special_tokens_and_gaps_are_no_text_but_the_separator_is(corpus: Corpus) -> None:
     tokenizer = corpus.tokenizer
-    assert np.flatnonzero(sequence_kd.unspeakable(tokenizer)).tolist() == [300]
+    assert np.flatnonzero(tokenizer.unspeakable).tolist() == [300]
     assert tokenizer.token(tokenizer.separator) == "<|endoftext|>"
     sparse = tokenizers.Tokenizer(tokenizer.backend, tokenizer.separator)
     vars(sparse)["vocabulary"] = {**tokenizer.vocabulary, "far": 303}
-    assert np.flatnonzero(sequence_kd.unspeakable(sparse)).tolist() == [300, 301, 302]
+    assert np.flatnonzero(sparse.unspeakable).tolist() == [300, 301, 302]
 
 
 @pytest.mark.parametrize(("prompt", "shortened"), [(P, False), (8, True)])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainingArguments
 
 import miniplm
 from conftest import write_jsonl
@@ -25,10 +25,14 @@ from miniplm.packing.instances import counted
 from miniplm.packing.prepare import Corpus
 from miniplm.recipe import Compute, Counted, GivenModel, ScoreSettings, TrainSettings
 from miniplm.scoring.load import load_scorer
+from miniplm.training import processes
 from miniplm.training import trainer as training
+from miniplm.training.arguments import arguments, place_on, training_device
+from miniplm.training.callbacks import Stopwatch, last_state, rates
 from miniplm.training.checkpoint import Checkpoint, read_curve
 from miniplm.training.data import Collator, TrainingOrder
 from miniplm.training.objectives import Batch, NextToken
+from miniplm.training.plan import Plan
 from miniplm.training.trainer import TrainingData
 
 T = 32
@@ -488,6 +492,41 @@ def test_training_goes_on_with_another_micro_batch_where_it_stopped(corpus: Corp
         assert point["train_loss"] == pytest.approx(same["train_loss"], abs=1e-4)
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_how_fast_a_training_was_is_told_of_all_its_runs(last: bool, corpus: Corpus, tmp_path: Path) -> None:
+    """Interrupted in the middle, or after the last state, where the second run takes no step."""
+    out, how = tmp_path / "model", settings(12)
+    with pytest.MonkeyPatch.context() as patch:
+        if last:
+            patch.setattr(training, "write_model", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(corpus, out, how, checkpoints=2, objective=StopTraining(None if last else 7))
+    (newest,) = (tmp_path / "model.partial" / "state").glob(f"checkpoint-{12 if last else 6}")
+    told = json.loads((newest / "complete").read_text())
+    assert (told["processes"], told["sharded"]) == (1, False)
+    (newest / "complete").write_text(json.dumps({**told, "seconds": 100.0}))
+    found = artifact.provenance(train(corpus, out, how, checkpoints=2).path)
+    seconds, tokens = found["train_seconds"], 12 * BATCH * T
+    assert 100 <= seconds < 160
+    assert found["tokens_per_s"] == round(tokens / seconds)
+    flops = artifact.read(out).counts["train_flops"]
+    assert found["flops_per_s"] == pytest.approx(flops / seconds, rel=1e-3)
+    assert 0 <= found["share_of_matmul_rate"] < 1
+
+
+def stop(*given: Any, **named: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_is_not_known_of_earlier_runs_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4" / "complete").write_text(json.dumps({"seconds": 0}))
+    state = last_state(tmp_path)
+    assert state is not None
+    assert not state.sharded
+    assert rates(Stopwatch(state), 1000, 1e6, 1e12) == {}
+
+
 def test_unfinished_training_is_not_gone_on_with_under_other_settings(corpus: Corpus, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(corpus, tmp_path / "model", settings(8), objective=StopTraining(3))
@@ -534,6 +573,81 @@ def test_a_trainer_setting_that_transformers_does_not_know_is_a_recipe_error(
 def test_what_changes_the_model_may_not_stand_under_compute(corpus: Corpus, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"optim.*in no fingerprint"):
         train(corpus, tmp_path / "model", settings(2), trainer={"optim": "sgd"})
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        {"label_smoothing_factor": 0.1}, {"train_sampling_strategy": "group_by_length"}, {"num_train_epochs": 2},
+        {"group_by_length": True}, {"ignore_data_skip": True}, {"save_only_model": True},
+    ],
+)  # fmt: skip
+def test_a_trainer_setting_that_would_have_no_effect_is_a_recipe_error(
+    trainer: dict[str, Any], corpus: Corpus, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=next(iter(trainer))):
+        train(corpus, tmp_path / "model", settings(2, trainer=trainer))
+
+
+def test_noise_on_the_embeddings_has_its_effect(corpus: Corpus, tmp_path: Path) -> None:
+    curves = [
+        read_curve(train(corpus, tmp_path / str(len(trainer)), settings(2, trainer=trainer)).path)[0]["train_loss"]
+        for trainer in ({}, {"neftune_noise_alpha": 50.0})
+    ]
+    assert curves[0] != pytest.approx(curves[1], abs=1e-4)
+
+
+CHANGES = {"zero_optimization": {"stage": 2}, "optimizer": {"type": "Lamb"}, "scheduler": {"type": "OneCycle"}}
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_a_deepspeed_configuration_under_compute_that_changes_the_model_is_a_recipe_error(
+    as_file: bool, corpus: Corpus, tmp_path: Path
+) -> None:
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps(CHANGES))
+    config = str(file) if as_file else CHANGES
+    with pytest.raises(RecipeError, match=r"(?s)deepspeed.*no fingerprint.*optimizer, scheduler.*model's own `trainer"):
+        train(corpus, tmp_path / "model", settings(2), trainer={"deepspeed": config})
+    if as_file:
+        with pytest.raises(RecipeError, match=r"(?s)`trainer: {deepspeed.*optimizer, scheduler"):
+            train(corpus, tmp_path / "model", settings(2, trainer={"deepspeed": config}))
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+@pytest.mark.parametrize("name", ["fsdp_config", "deepspeed"])
+def test_a_configuration_of_the_trainers_that_cannot_be_read_is_a_recipe_error(
+    name: str, content: str | None, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    file = tmp_path / "config.json"
+    if content is not None:
+        file.write_text(content)
+    compute = Compute(device="cpu", trainer={"fsdp": "full_shard", name: str(file)})
+    how = settings(2)
+    with pytest.raises(RecipeError, match=r"(?s)(refuses these settings|cannot be read).*because"):
+        arguments(how, Plan.of(how, 100, T, compute), compute, tmp_path / "state", tmp_path / "logs")
+
+
+# Devices
+
+
+def test_a_device_without_float64_is_refused(corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"training does not run on mps.*\n.*cpu"):
+        train(corpus, tmp_path / "model", settings(2), device="mps")
+
+
+def test_the_trainer_uses_the_device_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    made = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    place_on(made, training_device(Compute(device="cuda:1")))
+    assert made.device == torch.device("cuda:1")
+    assert chosen == [torch.device("cuda:1")]
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    with pytest.raises(RecipeError, match="one device for 2 processes"):
+        training_device(Compute(device="cuda:1"))
 
 
 @pytest.mark.parametrize("where", ["settings", "compute"])

@@ -35,7 +35,7 @@ class Retokenizer:
     def __init__(self, ours: Tokenizer, theirs: Tokenizer) -> None:
         self.spelling = ours.spelling
         self.separator = ours.separator
-        self.mute = _mute(ours)
+        self.mute = ours.unspeakable
         self.theirs = theirs.verbatim()
 
     def __call__(self, instances: Sequence[NDArray[Any]]) -> list[NDArray[np.uint32]]:
@@ -104,15 +104,6 @@ class Retokenizer:
                     facts={"text": printable(text, 60), "comes back": printable(back, 60)},
                 )
         return encoded
-
-
-def _mute(tokenizer: Tokenizer) -> NDArray[np.bool_]:
-    """Which ids stand for no text and are no separator, `[vocab_size]`: special tokens, and ids that are no token."""
-    mute = np.ones(tokenizer.vocab_size, np.bool_)
-    mute[list(tokenizer.vocabulary.values())] = False
-    mute[[i for i, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special]] = True
-    mute[tokenizer.separator] = False
-    return mute
 
 
 def _runs(text: bytes) -> Iterator[str | bytes]:

@@ -115,6 +115,15 @@ class Tokenizer:
         spelt = (f"<0x{byte:02X}>" if "<0x00>" in self.vocabulary else alphabet[byte] for byte in range(256))
         return tuple(self.vocabulary.get(token) for token in spelt)
 
+    @cached_property
+    def unspeakable(self) -> NDArray[np.bool_]:
+        """Which ids are no text, `[vocab_size]`: special tokens but the separator, and gaps in the vocabulary."""
+        found = np.ones(self.vocab_size, np.bool_)
+        found[list(self.vocabulary.values())] = False
+        found[[i for i, token in self.backend.get_added_tokens_decoder().items() if token.special]] = True
+        found[self.separator] = False
+        return found
+
     def verbatim(self) -> Tokenizer:
         """The same tokenizer without its normaliser, if it is byte-level: what it encodes, it then encodes exactly."""
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())

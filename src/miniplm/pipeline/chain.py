@@ -30,6 +30,7 @@ from miniplm.packing import sample as sampling
 from miniplm.packing.instances import Packed, open_packed, packed_identity
 from miniplm.packing.tokenizer import load as load_tokenizer
 from miniplm.pipeline.engines import engine_of
+from miniplm.pipeline.given import own_fingerprint
 from miniplm.pipeline.stages import (
     Material,
     OpenRows,
@@ -46,13 +47,24 @@ from miniplm.pipeline.stages import (
     select_rows,
     train_model,
 )
-from miniplm.recipe import CorpusSettings, GivenModel, Recipe, SamplerSettings, ScoredModel, TrainSettings, VllmModel
+from miniplm.recipe import (
+    CorpusSettings,
+    GivenModel,
+    OwnObjective,
+    Recipe,
+    SamplerSettings,
+    ScoredModel,
+    TrainSettings,
+    VllmModel,
+)
 from miniplm.sampling.named import identity as selection_identity
 from miniplm.sampling.named import needs_with_proxy, sampler_from
 from miniplm.scoring import proxy as proxies
 from miniplm.scoring import score as scoring
 from miniplm.training import sequence_kd as generating
 from miniplm.training import trainer as training
+from miniplm.training.named import own_objective
+from miniplm.training.objectives import Objective
 from miniplm.training.presets import preset
 
 Make = Callable[[Path, Identity], object]
@@ -142,13 +154,11 @@ def chain(recipe: Recipe, root: Path) -> Chain:
             models[role] = _Model(model_fingerprint(model), model, (), own)
             continue
         its_part, open_data = part(role)
-        inputs = {"data": its_part}
-        if model.start is not None:
-            inputs["from"] = model_fingerprint(model.start)
+        objective, inputs = _learning(model, its_part)
         what = training.identity(model, rule.counted, inputs)
         about = {"corpus": recipe.name, "data": f"the part `{role}`"}
         material = Material(partial(open_whole, open_data), None, rule.counted, about)
-        make = partial(train_model, model, material, None, compute)
+        make = partial(train_model, model, material, None, objective, compute)
         models[role] = _Model.made_by(stages.add(f"train/{role}", f"models/{role}", what, ("prepare",), make))
 
     if recipe.proxy is not None:  # teacher and reference score a share of the pool, see appendix E
@@ -204,7 +214,7 @@ def chain(recipe: Recipe, root: Path) -> Chain:
 
     for name, student in recipe.students.items():
         read_from = data[student.data]
-        inputs = {"data": read_from.fingerprint}
+        objective, inputs = _learning(student, read_from.fingerprint)
         needs = read_from.needs
         open_measured = None
         if recipe.evaluate.held_out and not read_from.tokenizer:
@@ -215,11 +225,9 @@ def chain(recipe: Recipe, root: Path) -> Chain:
             assert isinstance(teacher.given, GivenModel)  # the recipe has made sure
             inputs["teacher"], asked = teacher.fingerprint, teacher.given
             needs = (*needs, *teacher.stage)
-        if student.start is not None:
-            inputs["from"] = model_fingerprint(student.start)
         what = training.identity(student, rule.counted, inputs)
         material = Material(read_from.open, open_measured, rule.counted, {"corpus": recipe.name, **read_from.about})
-        make = partial(train_model, student, material, asked, compute)
+        make = partial(train_model, student, material, asked, objective, compute)
         made = stages.add(f"students/{name}", f"students/{name}", what, needs, make)
         models[name] = _Model.made_by(made, read_from.tokenizer)
 
@@ -271,6 +279,18 @@ class _Data:
     @classmethod
     def made_by(cls, stage: Stage, about: Mapping[str, str], tokenizer: str = "") -> _Data:
         return cls(stage.identity.fingerprint, (stage.name,), partial(open_made, stage.path), about, tokenizer)
+
+
+def _learning(settings: TrainSettings, data: str) -> tuple[Objective | None, dict[str, str]]:
+    """The objective if it is the user's own, and fingerprints of what a training is made of: data, it, and `from`."""
+    inputs = {"data": data}
+    objective = None
+    if isinstance(settings.objective, OwnObjective):
+        objective = own_objective(settings.objective)
+        inputs["objective"] = own_fingerprint(objective, "objective")
+    if settings.start is not None:
+        inputs["from"] = model_fingerprint(settings.start)
+    return objective, inputs
 
 
 def _about_selection(recipe: Recipe, settings: SamplerSettings, scores: Iterable[str]) -> dict[str, str]:

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import ValidationError
 
+from miniplm import artifact
 from miniplm.artifact import MANIFEST
 from miniplm.errors import RecipeError
 from miniplm.packing.instances import Packed, open_packed
 from miniplm.recipe import GivenModel, ScoredModel
+from miniplm.sampling.base import open_selection
 
 if TYPE_CHECKING:
     import datasets
@@ -46,16 +48,44 @@ def packed_behind(rows: datasets.Dataset) -> Packed | None:
 
 
 def rows_fingerprint(rows: datasets.Dataset, packed: Packed | None) -> str:
-    """What a Dataset is: the packed part and the row numbers, or the fingerprint that `datasets` gives it.
-
-    Row numbers mean what they say only while the table under them is that of the whole part: slices are other tables.
-    """
-    whole = packed is not None and rows._data.num_rows == len(packed) and rows.features == packed.dataset.features
-    whole = whole and {Path(file["filename"]) for file in rows.cache_files} == set(packed.shards if packed else ())
-    if packed is None or rows._indices is None or not whole:
+    """What a Dataset is: the packed part and the row numbers, or the fingerprint that `datasets` gives it."""
+    if packed is None or rows._indices is None or not _over_whole(rows, packed):
         return str(rows._fingerprint)
     numbers = rows._indices.column(0).to_numpy().astype(np.int64)
     return hashlib.sha256(packed.fingerprint.encode() + numbers.tobytes()).hexdigest()
+
+
+def about_rows(rows: datasets.Dataset, packed: Packed | None) -> dict[str, str]:
+    """What a model card says of rows: which part they are of, and how much of it, as far as that can be told."""
+    if packed is None or not _over_whole(rows, packed):
+        return {}
+    if rows._indices is None:
+        return {"data": packed.path.name}
+    kept = len(np.unique(rows._indices.column(0).to_numpy()))
+    return {"data": f"{kept / len(packed):.0%} of {packed.path.name}"}
+
+
+def selected_rows(packed: Packed, folder: Path) -> tuple[datasets.Dataset, dict[str, str]]:
+    """The rows that a selection on disk kept, and what a model card says of them.
+
+    Raises:
+        ArtifactError: there is no selection, or it is of other instances.
+
+    """
+    selection, manifest = open_selection(folder), artifact.read(folder)
+    selection.check_of(packed)
+    how = manifest.identity.recipe["sampler"]
+    about = {
+        "data": f"{len(selection) / selection.of:.0%} of {packed.path.name}, by {how} sampling",
+        "selection": manifest.fingerprint[:12],
+    }
+    return packed.select(selection.rows), about
+
+
+def _over_whole(rows: datasets.Dataset, packed: Packed) -> bool:
+    """Whether the table under the rows is that of the whole part, so that row numbers mean what they say."""
+    whole = rows._data.num_rows == len(packed) and rows.features == packed.dataset.features
+    return whole and {Path(file["filename"]) for file in rows.cache_files} == set(packed.shards)
 
 
 def refused(error: ValidationError) -> RecipeError:

@@ -22,12 +22,21 @@ from miniplm.packing import tokenizer as tokenizers
 from miniplm.packing.instances import Packed
 from miniplm.packing.tokenizer import Tokenizer
 from miniplm.pipeline.engines import engine_of
-from miniplm.pipeline.given import AnyGivenModel, given_model, own_fingerprint, packed_behind, refused, rows_fingerprint
+from miniplm.pipeline.given import (
+    AnyGivenModel,
+    about_rows,
+    given_model,
+    own_fingerprint,
+    packed_behind,
+    refused,
+    rows_fingerprint,
+)
 from miniplm.recipe import (
     Compute,
     Counted,
     GenerateSettings,
     GivenModel,
+    OwnObjective,
     ProxySettings,
     RetokenizeSettings,
     ScoreSettings,
@@ -72,11 +81,11 @@ def train(
         epochs: instead of `tokens`, passes over the data.
         objective: `next_token`, `vanilla_kd`, `minillm`, a mapping with further settings (`{"name": "vanilla_kd",
             "share": 0.3}`), `package.module:Class`, or an object with `loss(model, batch)` and a `fingerprint`.
-        teacher: that the objective asks.
+        teacher: that the objective asks; those of your own are asked nothing here, and hold their own.
         held_out: instances for the loss curve.
         counted: which targets count.
         tokenizer: needed only for rows that are not of a packed part of ours.
-        about: what the model card says of the data: name -> value.
+        about: what the model card says of the data: name -> value; None: which part, and how much of it.
         compute: how: device, micro-batch.
         settings: `batch_tokens`, `learning_rate`, `match`, `seed`, `precision`, `keep`, `trainer`, ... of
             `TrainSettings`.
@@ -86,6 +95,7 @@ def train(
 
     """
     from miniplm.training import trainer as training  # imports torch, which documents and selections do not need
+    from miniplm.training.named import own_objective
     from miniplm.training.trainer import TrainingData
 
     own = None if isinstance(objective, (str, Mapping)) else objective
@@ -97,10 +107,16 @@ def train(
         counted = ScoreSettings(counted=counted).counted
     except ValidationError as error:
         raise refused(error) from error
+    if own is None and isinstance(resolved.objective, OwnObjective):
+        own = own_objective(resolved.objective)
+    if teacher is not None and not resolved.needs_teacher:
+        raise RecipeError(
+            f"the objective {resolved.objective.name if own is None else type(own).__name__} asks no teacher.",
+            facts={"teacher": os.fspath(teacher) if not isinstance(teacher, GivenModel) else teacher.model},
+            remedy="Leave it out, or give an objective that asks one: vanilla_kd, minillm.",
+        )
     packed = data if isinstance(data, Packed) else packed_behind(data)
-    made_by = tokenizer or (packed.tokenizer if packed is not None else None)
-    if made_by is None:
-        raise RecipeError("these rows are of no packed part; say which tokenizer made them: train(..., tokenizer=...).")
+    made_by = _tokenizer_of(packed, tokenizer)
     rows = data.dataset if isinstance(data, Packed) else data
     inputs = {"data": data.fingerprint if isinstance(data, Packed) else rows_fingerprint(data, packed)}
     if packed is None:
@@ -110,11 +126,12 @@ def train(
     if own is not None:
         inputs["objective"] = own_fingerprint(own, "objective")
     asked = teacher if teacher is None or isinstance(teacher, GivenModel) else GivenModel(model=os.fspath(teacher))
-    if asked is not None and resolved.needs_teacher:
+    if asked is not None:
         inputs["teacher"] = model_fingerprint(asked)
     if resolved.start is not None:
         inputs["from"] = model_fingerprint(resolved.start)
-    material = TrainingData(rows, made_by, None if held_out is None else held_out.dataset, counted, about or {})
+    said = about_rows(rows, packed) if about is None else about
+    material = TrainingData(rows, made_by, None if held_out is None else held_out.dataset, counted, said)
     what = training.identity(resolved, counted, inputs)
     return training.train(resolved, material, Path(out), what, compute, teacher=asked, objective=own)
 
@@ -254,6 +271,27 @@ def _which_model(model: str | Mapping[str, Any] | os.PathLike[str] | GivenModel)
     if isinstance(model, os.PathLike):
         return {"from": os.fspath(model)}
     return {"preset": model} if isinstance(model, str) else {"config": dict(model)}
+
+
+def _tokenizer_of(packed: Packed | None, given: Tokenizer | None) -> Tokenizer:
+    """The tokenizer that made the rows; one that is given has to be that of the packed part."""
+    if packed is None:
+        if given is None:
+            raise RecipeError(
+                "these rows are of no packed part; say which tokenizer made them: train(..., tokenizer=...)."
+            )
+        return given
+    made_by = packed.tokenizer
+    if given is not None and given.fingerprint != made_by.fingerprint:
+        raise RecipeError(
+            "the tokenizer is not the one that made these rows.",
+            facts={
+                "given": f"tokenizer {given.fingerprint[:12]}  {given.vocab_size:,} tokens",
+                "rows": f"tokenizer {made_by.fingerprint[:12]}  {made_by.vocab_size:,} tokens  {packed.path}",
+            },
+            remedy="Leave `tokenizer` out; miniplm.retokenize packs the text again under another one.",
+        )
+    return made_by
 
 
 def _chosen(data: Packed, rows: Selection | None) -> tuple[NDArray[np.int64] | None, str]:

@@ -138,12 +138,17 @@ def _steps(stages: Chain, stage: Stage) -> str:
     """Optimiser steps of a training stage, if the recipe alone says."""
     role = stage.name.split("/")[1]
     recipe = stages.recipe
-    settings = recipe.students.get(role) if stage.name.startswith("students/") else getattr(recipe, role)
+    length = recipe.prepare.sequence_length
+    if stage.name.startswith("students/"):
+        student = settings = recipe.students[role]
+        if student.data in recipe.retokenize:
+            length = recipe.retokenize[student.data].sequence_length or length
+    else:
+        settings = getattr(recipe, role)
     assert isinstance(settings, TrainSettings)
     if settings.tokens is None or settings.match is not None:
         return "?"
     batch = settings.batch_tokens or (preset(settings.preset).batch_tokens if settings.preset else 0)
-    length = recipe.prepare.sequence_length
     return f"{settings.tokens // (batch // length * length):,}" if batch >= length else "?"
 
 

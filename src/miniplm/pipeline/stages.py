@@ -39,6 +39,7 @@ from miniplm.scoring.proxy import Proxy, load_proxy
 from miniplm.scoring.proxy_training import ProxyData, train_proxy
 from miniplm.scoring.score import score
 from miniplm.training.checkpoint import Checkpoint
+from miniplm.training.objectives import Objective
 from miniplm.training.sequence_kd import generate
 from miniplm.training.trainer import TrainingData, train
 
@@ -85,11 +86,12 @@ def train_model(
     settings: TrainSettings,
     material: Material,
     teacher: GivenModel | None,
+    objective: Objective | None,
     compute: Compute,
     out: Path,
     what: Identity,
 ) -> Checkpoint:
-    """Train a model, with the teacher that its objective asks."""
+    """Train a model, with the teacher that its objective asks, or with an objective of the user's."""
     rows = material.open()
     packed = rows.packed
     data = TrainingData(
@@ -100,7 +102,7 @@ def train_model(
         about=material.about,
     )
     logs = out.parent.parent / "logs" / out.parent.name / out.name  # of the whole run together
-    return train(settings, data, out, what, compute, teacher=teacher, logs=logs)
+    return train(settings, data, out, what, compute, teacher=teacher, objective=objective, logs=logs)
 
 
 def generate_rows(

@@ -17,7 +17,9 @@ from miniplm.errors import RecipeError
 from miniplm.recipe.base import At, nearest
 from miniplm.recipe.dialect import Loader
 from miniplm.recipe.settings import Recipe
-from miniplm.recipe.training import StudentSettings, model_kind
+from miniplm.recipe.training import StudentSettings
+
+_SHORT_FORMS = {"objective": "name", "from": "model"}  # settings that a bare name stands for: the key it is short for
 
 
 def load(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
@@ -68,6 +70,8 @@ def _apply(raw: dict[str, Any], override: str) -> tuple[str, ...]:
     target = raw
     for step in path[:-1]:
         inner = target.setdefault(step, {})
+        if isinstance(inner, str) and step in _SHORT_FORMS:
+            inner = {_SHORT_FORMS[step]: inner}
         if not isinstance(inner, dict):
             raise RecipeError(f"--set {override!r}: `{step}` is {inner!r}, which has no keys of its own.")
         target[step] = target = dict(inner)  # a copy: with YAML aliases it may stand elsewhere too
@@ -88,7 +92,7 @@ def _explain(
     if any(path[: len(o)] == o or o[: len(path)] == path for o in overridden):
         where = f"{name} with --set {dotted}"
     if first["type"] == "extra_forbidden":
-        valid = sorted(_valid_names(path[:-1], raw))
+        valid = sorted(_valid_names(first["loc"][:-1]))
         return RecipeError(
             f"{where}: unknown key `{path[-1]}`{' in ' + '.'.join(path[:-1]) if len(path) > 1 else ''}.",
             facts={"found": _short(first["input"], path[-1]), "expected": f"one of: {', '.join(valid)}"},
@@ -131,22 +135,23 @@ def _locate(
     return tuple(path), mark
 
 
-def _valid_names(path: tuple[str, ...], raw: Mapping[str, Any]) -> list[str]:
-    """The keys that are valid in the mapping at `path` of a recipe."""
+def _valid_names(loc: tuple[int | str, ...]) -> list[str]:
+    """The keys that are valid in the mapping at pydantic's location; of several classes it names the one by its tag."""
     model: type[BaseModel] = Recipe
+    models: list[type[BaseModel]] = []
     open_mapping = False
-    for step in path:
+    for step in loc:
         if open_mapping:
             open_mapping = False
             continue
+        if len(models) > 1 and (tagged := [m for m in models if m.__name__ == step]):
+            models, model = tagged, tagged[0]
+            continue
         field = next((f for n, f in model.model_fields.items() if step in (n, f.alias)), None)
-        if field is None:
+        models = [] if field is None else _models_in(field.annotation)
+        if field is None or not models:
             return []
-        models = _models_in(field.annotation)
-        if not models:
-            return []
-        kind = model_kind(raw.get(step))
-        model = next((m for m in models if m.__name__ == kind), models[-1])
+        model = models[-1]
         open_mapping = getattr(field.annotation, "__origin__", None) is dict
     return [f.alias or n for n, f in model.model_fields.items()] + (["like"] if model is StudentSettings else [])
 

@@ -253,6 +253,18 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _from_is_a_model_that_is_there(self) -> Self:
+        trained = [(("students", name), student) for name, student in self.students.items()]
+        for path, model in [*trained, (("teacher",), self.teacher), (("reference",), self.reference)]:
+            if isinstance(model, TrainSettings) and model.start is not None and model.start.model in self.students:
+                raise At(
+                    (*path, "from"),
+                    f"it is a folder or a Hub id, and {model.start.model!r} is a student of this recipe; go on from "
+                    "its folder (runs/.../students/...) in a second recipe, or with `miniplm train --from`",
+                )
+        return self
+
+    @model_validator(mode="after")
     def _teacher_can_be_asked(self) -> Self:
         askers: list[tuple[str, ...]] = [("generate", name) for name in self.generate]
         askers += [("students", name, "objective") for name, s in self.students.items() if s.needs_teacher]

@@ -77,22 +77,22 @@ def _style() -> Iterator[None]:
 @_style()
 def loss_curves(
     students: Sequence[Mapping[str, Any]],
-    control: str | None,
+    controls: Collection[str],
     key: str = "held_out_loss",
     against: str = "tokens",
     only: Collection[str] | None = None,
 ) -> str:
-    """Loss against what it took, a line for each student, the control in the colour of the text.
+    """Loss against what it took, a line for each student, controls in the colour of the text.
 
     Args:
         students: all of them: a student looks the same in every figure.
-        control: the control's name.
+        controls: their names.
         key: "held_out_loss" or "cross_entropy", that of the training text; who has no finite value of it is left out.
         against: "tokens", or "flops": training operations.
         only: names of those to draw; None draws all.
 
     """
-    styles = _line_styles([student["name"] for student in students], control)
+    styles = _line_styles([student["name"] for student in students], controls)
     points = {student["name"]: _points(student["curve"], against, key) for student in students}
     points = {name: values for name, values in points.items() if values and (only is None or name in only)}
     if not points:
@@ -129,7 +129,7 @@ def loss_curves(
             xytext=(1.03, label_height),
             textcoords=axes.get_yaxis_transform(),
             verticalalignment="center",
-            fontweight="bold" if name == control else "normal",
+            fontweight="bold" if name in controls else "normal",
             annotation_clip=False,
             arrowprops={
                 "arrowstyle": "-",
@@ -152,7 +152,7 @@ def loss_curves(
 
 @_style()
 def tokens_to_same_loss(comparisons: Sequence[Mapping[str, Any]]) -> str:
-    """The training tokens after which a student and the control had the same held-out loss, a pair for each student."""
+    """The training tokens after which a student and its control had the same held-out loss, a pair for each student."""
     bars: list[tuple[str, float, str]] = []
     for one in comparisons:
         if one["same_loss"]:
@@ -318,10 +318,11 @@ def _mark(axes: Axes, value: float, text: str, dash: str, *, to_the_right: bool)
     )
 
 
-def _line_styles(names: Sequence[str], control: str | None) -> dict[str, tuple[str, str]]:
+def _line_styles(names: Sequence[str], controls: Collection[str]) -> dict[str, tuple[str, str]]:
     """Colour and dash of each name's line."""
     free = iter((colour, dash) for dash in DASHES for colour in SERIES)
-    return {name: (INK, "solid") if name == control else next(free, (MUTED, "solid")) for name in names}
+    inks = iter([(INK, dash) for dash in DASHES])
+    return {name: next(inks if name in controls else free, (MUTED, "solid")) for name in names}
 
 
 def _points(curve: Sequence[Mapping[str, Any]], against: str, key: str) -> list[tuple[float, float]]:

@@ -23,13 +23,13 @@ from miniplm.packing.prepare import open_corpus
 from miniplm.packing.sample import pool_rows
 from miniplm.pipeline.chain import Chain, Stage
 from miniplm.report.made_data import generated, retokenized
-from miniplm.report.training import comparisons, control_of, scoring_model, student
+from miniplm.report.training import comparisons, scoring_model, student
 from miniplm.sampling.base import open_selection
 from miniplm.sampling.difference import differences
 from miniplm.scoring.base import Normalize, Scores, open_scores
 from miniplm.scoring.proxy import FIGURES, HELD_OUT
 
-SCHEMA = 2  # of the findings; a report of another schema is made anew
+SCHEMA = 3  # of the findings; a report of another schema is made anew
 HISTOGRAM_BINS = 80
 EXAMPLES = 3
 EXAMPLE_CHARACTERS = 700
@@ -57,7 +57,7 @@ def gather(stages: Chain) -> dict[str, Any]:
     recipe = stages.recipe
     corpus = open_corpus(stages["prepare"].path)
     evaluations = {name: open_evaluation(stage.path) for name, stage in stages.within("evaluate")}
-    control, tokenizer = control_of(recipe), corpus.manifest.counts["tokenizer"]
+    tokenizer = corpus.manifest.counts["tokenizer"]
     students = [student(stages, name, evaluations.get(name), tokenizer) for name in recipe.students]
     scores = {name: open_scores(stage.path) for name, stage in stages.within("score")}
     unit: Normalize = "token" if scores["teacher"].tokenizer == scores["reference"].tokenizer else "byte"
@@ -72,10 +72,9 @@ def gather(stages: Chain) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "name": recipe.name,
-        "control": control,
         "students": students,
         "models": [scoring_model(stages, role, evaluations.get(role), tokenizer) for role in ("teacher", "reference")],
-        "comparisons": comparisons(students, evaluations, control),
+        "comparisons": comparisons(students, evaluations),
         "scores": _score_histogram(difference, normalize),
         "proxy": proxy,
         "selections": [_selection(stages, name, stage) for name, stage in stages.within("select")],

@@ -21,7 +21,7 @@ from markupsafe import Markup
 from miniplm.recipe import MiniLLMSettings, NextTokenSettings
 from miniplm.report import figures
 from miniplm.report.figures import ABSENT
-from miniplm.report.training import objective_label, origin_label
+from miniplm.report.training import controls, objective_label, origin_label
 
 VERDICTS = ("better", "within noise", "worse")  # the best first
 EQUAL = 0.01  # budgets no further apart than this share are called equal: whole batches rarely divide a budget
@@ -34,6 +34,7 @@ def render(findings: Mapping[str, Any]) -> str:
     shown = _visible(findings)
     students, selections = shown["students"], shown["selections"]
     threshold, threshold_of = _threshold(shown)
+    compared_with = controls(students)
     environment = Environment(
         loader=PackageLoader("miniplm", "report"),
         autoescape=True,
@@ -57,11 +58,12 @@ def render(findings: Mapping[str, Any]) -> str:
         proxy=shown.get("proxy"),
         css=_markup((resources.files("miniplm") / "report" / "page.css").read_text(encoding="utf-8")),
         headline=headline(shown),
+        controls=compared_with,
         compared={one["student"]: one for one in shown["comparisons"]},
         foreign=[one["name"] for one in students if one["own_tokenizer"]],
         trained=[one for one in shown["models"] if one["objective"]],
-        **_held_out_figures(students, shown["control"]),
-        **_training_figures(students, shown["control"]),
+        **_held_out_figures(students, compared_with),
+        **_training_figures(students, compared_with),
         same_loss=_markup(figures.tokens_to_same_loss(shown["comparisons"])),
         histogram=_markup(figures.score_histogram(shown["scores"], threshold)),
         threshold_of=threshold_of,
@@ -73,18 +75,29 @@ def render(findings: Mapping[str, Any]) -> str:
 
 
 def headline(findings: Mapping[str, Any]) -> Markup:
-    """What the comparisons say, in one or two sentences; their verdicts decide."""
-    comparisons = findings["comparisons"]
-    if not findings["students"]:
+    """What the comparisons say, in one to three sentences; their verdicts decide."""
+    comparisons, students = findings["comparisons"], findings["students"]
+    if not students:
         return Markup("No student was trained in this run.")
-    if findings["control"] is None:
-        return Markup("No control student was trained, so this run cannot say whether the selection helps.")
+    compared_with = controls(students)
+    if not compared_with:
+        return Markup(
+            "No student has a control, plainly pre-trained on random text, of the same model settings, length and "
+            "tokenizer: this run cannot say whether the selection helps."
+        )
     if not comparisons:
-        return Markup("Nothing was compared with the control, so this run cannot say whether the selection helps.")
+        return Markup("Nothing was compared with a control, so this run cannot say whether the selection helps.")
     best = min(comparisons, key=lambda one: (VERDICTS.index(one["verdict"]), one["bits_difference"]))
+    several = len(compared_with) > 1
+    control = Markup("{}").format(_control(findings, best["control"]))
+    if several:
+        control += Markup(", <em>{}</em>").format(best["control"])
     terms = {
         "student": best["student"],
-        "control": _control(findings, best["control"]),
+        "control": control,
+        "none": Markup("No student beat {}.").format("its control" if several else control),
+        "to": Markup(" to {},").format(control) if several else "",
+        "than": control if several else "it",
         "budget": _budget(findings, best),
         "size": plus_minus(abs(best["difference"]), best["se"]),
         "difference": plus_minus(best["difference"], best["se"], sign=True),
@@ -93,16 +106,18 @@ def headline(findings: Mapping[str, Any]) -> Markup:
     sentence = {
         "better": Markup("{budget}, <em>{student}</em> is {size} {unit} better than {control}."),
         "within noise": Markup(
-            "No student beat {control}. {budget}, the difference of <em>{student}</em> is within noise: "
-            "{difference} {unit}."
+            "{none} {budget}, the difference of <em>{student}</em>{to} is within noise: {difference} {unit}."
         ),
-        "worse": Markup("No student beat {control}. {budget}, <em>{student}</em> is {size} {unit} worse than it."),
+        "worse": Markup("{none} {budget}, <em>{student}</em> is {size} {unit} worse than {than}."),
     }[best["verdict"]].format(**terms)
-    if len(comparisons) == 1:
-        return sentence
-    verdicts = Counter(one["verdict"] for one in comparisons)
-    tally = ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in VERDICTS if verdicts[verdict])
-    return sentence + Markup(" Of {} students compared: {}.").format(len(comparisons), tally)
+    if len(comparisons) > 1:
+        verdicts = Counter(one["verdict"] for one in comparisons)
+        tally = ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in VERDICTS if verdicts[verdict])
+        sentence += Markup(" Of {} students compared: {}.").format(len(comparisons), tally)
+    if alone := [one["name"] for one in students if one["control"] is None and one["name"] not in compared_with]:
+        names = Markup(", ").join(Markup("<em>{}</em>").format(name) for name in alone)
+        sentence += Markup(" Without a control, and so without a verdict: {}.").format(names)
+    return sentence
 
 
 def amount(value: float | None, places: int = 3, *, sign: bool = False) -> str:
@@ -132,12 +147,14 @@ def duration(seconds: float | None) -> str:
 
 
 def _control(findings: Mapping[str, Any], name: str) -> str:
-    """The words for the control, which depend on what it was trained on."""
-    data = {student["name"]: student["data"] for student in findings["students"]}.get(name)
+    """The words for a control, which depend on what it was trained on."""
+    made_of = next(student["made_of"] for student in findings["students"] if student["name"] == name)
     samplers = {selection["name"]: selection["sampler"] for selection in findings["selections"]}
-    if data == "pool":
+    if any(one["kind"] == "generated" for one in made_of):
+        return "the control"
+    if made_of[-1]["kind"] == "pool":
         return "the control on the whole pool"
-    return "the random control" if samplers.get(data) == "random" else "the control"
+    return "the random control" if samplers.get(made_of[-1]["name"]) == "random" else "the control"
 
 
 def _budget(findings: Mapping[str, Any], comparison: Mapping[str, Any]) -> str:
@@ -166,24 +183,24 @@ def _threshold(findings: Mapping[str, Any]) -> tuple[float | None, str]:
     return None, ""
 
 
-def _held_out_figures(students: Sequence[Mapping[str, Any]], control: str | None) -> dict[str, Any]:
+def _held_out_figures(students: Sequence[Mapping[str, Any]], controls: Sequence[str]) -> dict[str, Any]:
     """Held-out loss against tokens, and against operations where these are not the same picture."""
     costs = [one["flops"] / one["tokens"] for one in students if one["flops"] and one["tokens"]]
     one_cost = not costs or math.isclose(min(costs), max(costs), rel_tol=1e-9)
     return {
-        "curves": _markup(figures.loss_curves(students, control)),
-        "curves_by_flops": _markup("" if one_cost else figures.loss_curves(students, control, against="flops")),
+        "curves": _markup(figures.loss_curves(students, controls)),
+        "curves_by_flops": _markup("" if one_cost else figures.loss_curves(students, controls, against="flops")),
         "flops_per_token": costs[0] if costs and one_cost else None,
     }
 
 
-def _training_figures(students: Sequence[Mapping[str, Any]], control: str | None) -> dict[str, Any]:
+def _training_figures(students: Sequence[Mapping[str, Any]], controls: Sequence[str]) -> dict[str, Any]:
     """Cross entropy of the training text, a figure for each tokenizer: the corpus's first."""
     drawn = [one for one in students if any(point.get("cross_entropy") is not None for point in one["curve"])]
     found = []
     for own, tokenizer in sorted({(one["own_tokenizer"], one["tokenizer"]) for one in drawn}):
         names = [one["name"] for one in drawn if one["tokenizer"] == tokenizer]
-        svg = figures.loss_curves(students, control, "cross_entropy", only=names)
+        svg = figures.loss_curves(students, controls, "cross_entropy", only=names)
         found.append({"own": own, "names": names, "svg": _markup(svg)})
     kinds = {one["name"]: (one["objective"] or {}).get("name") for one in drawn}
     return {

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from miniplm.report.findings import proxy_lines
-from miniplm.report.training import objective_label
+from miniplm.report.training import controls, objective_label
 
 ABSENT = "–"
 
@@ -38,15 +38,20 @@ def _results(findings: Mapping[str, Any]) -> list[str]:
         f"{'student':<{width}}  {'trained on':<{of_data}} {'tokens':>12}  {'nats per token':>16}  {'bits per byte':>13}"
     )
     found = [f"{heading}  against control"]
+    compared_with = controls(findings["students"])
+    several = len(compared_with) > 1
     for one in findings["students"]:
         line = f"{one['name']:<{width}}  {one['data']:<{of_data}} {one['tokens']:>12,}"
         if one["bits_per_byte"] is None:
             found.append(f"{line}  not measured")
             continue
-        against = "(the control)" if one["name"] == findings["control"] else ""
+        against = "(no control)" if one["control"] is None else ""
+        if one["name"] in compared_with:
+            against = "(a control)" if several else "(the control)"
         if (gap := gaps.get(one["name"])) is not None:
             unit = " bits/byte" if gap["unit"] == "bits per byte" else ""
             against = f"{gap['difference']:+.4f} ± {gap['se']:.4f}{unit}  {gap['verdict']}"
+            against += f"  ({gap['control']})" if several else ""
         found.append(f"{line}  {_loss(one):>16}  {one['bits_per_byte']:>13.4f}  {against}".rstrip())
     return found
 

@@ -1,8 +1,8 @@
-"""What a finished run says of its trainings: what each model was, took and reached, and the students against a control.
+"""What a finished run says of its trainings: what each model was, took and reached, and students against controls.
 
 In: the stages, all done. Out: plain JSON types. Figures come from manifests, provenance, loss curves and evaluations;
-two things are derived: how many tokens the control would need (read off the measured curves, linear in log tokens), and
-the difference of two models with different tokenizers.
+two things are derived: how many tokens a control would need (read off the measured curves, linear in log tokens), and
+the difference of two models in bits per byte.
 
 Nats per token of different tokenizers are of different things. Where a model's tokenizer is not the corpus's, `loss` is
 None and it is compared in bits per byte. A training loss is comparable only where it is a cross entropy on text: of
@@ -25,7 +25,7 @@ from miniplm import artifact
 from miniplm.evaluation.evaluate import Evaluation
 from miniplm.evaluation.loss import ALL, Difference, compare
 from miniplm.pipeline.chain import Chain
-from miniplm.recipe import NextTokenSettings, Recipe, TrainSettings, VanillaKDSettings
+from miniplm.recipe import NextTokenSettings, Recipe, StudentSettings, TrainSettings, VanillaKDSettings
 from miniplm.scoring.base import Scores
 from miniplm.training.checkpoint import Point, read_curve
 
@@ -34,6 +34,7 @@ _TABLE = (
     "name", "objective", "data", "made_of", "model_type", "parameters", "tokens", "steps", "match", "matched_share",
     "epochs", "flops", "train_seconds", "tokens_per_s", "share_of_matmul_rate", "device", "processes",
     "final_train_loss", "final_cross_entropy", "own_tokenizer", "loss", "loss_se", "bits_per_byte", "bits_per_byte_se",
+    "control",
 )  # fmt: skip
 _TABLE_COMPARED = ("unit", "difference", "se", "bits_difference", "verdict")
 _COUNTS = {
@@ -67,6 +68,7 @@ def student(stages: Chain, name: str, evaluation: Evaluation | None, corpus_toke
         "made_of": origins(stages.recipe, settings.data),
         "tokenizer": tokenizer,
         "own_tokenizer": tokenizer != corpus_tokenizer,
+        "control": control_of(stages.recipe, name),
         **_trained(stages, f"students/{name}", settings),
         **losses(evaluation, corpus_tokenizer),
     }
@@ -97,13 +99,29 @@ def origins(recipe: Recipe, data: str) -> list[dict[str, str]]:
             return [*made, {"name": data, "kind": "pool" if data == "pool" else "selection"}]
 
 
-def control_of(recipe: Recipe) -> str | None:
-    """The first student plainly pre-trained on a random selection; else the first on the whole pool."""
-    plain = {n: s.data for n, s in recipe.students.items() if isinstance(s.objective, NextTokenSettings)}
-    random = {name for name, selection in recipe.select.items() if selection.sampler == "random"}
-    chosen = [name for name, data in plain.items() if data in random]
-    chosen += [name for name, data in plain.items() if data == "pool"]
-    return chosen[0] if chosen else None
+def control_of(recipe: Recipe, name: str) -> str | None:
+    """The student that this one is compared with; None if there is none, or if it is that student itself.
+
+    The first that was plainly pre-trained on what chance chose or on the whole pool, of the same model settings, length
+    (`tokens`; or both in `epochs`, whose numbers differ where their data does) and tokenizer. One that reads what the
+    teacher wrote is a control only of others that do, and only where none of real text is there.
+    """
+    own = recipe.students[name]
+    alike = {
+        other: origins(recipe, settings.data)
+        for other, settings in recipe.students.items()
+        if isinstance(settings.objective, NextTokenSettings) and _terms(recipe, settings) == _terms(recipe, own)
+    }
+    by_chance = {other: made for other, made in alike.items() if _chosen_by_chance(recipe, made[-1])}
+    real = [other for other, made in by_chance.items() if not _written(made)]
+    found = real or (list(by_chance) if _written(origins(recipe, own.data)) else [])
+    return found[0] if found and found[0] != name else None
+
+
+def controls(students: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of the students with which others are compared, in their order."""
+    named = {one["control"] for one in students}
+    return [one["name"] for one in students if one["name"] in named]
 
 
 def losses(evaluation: Evaluation | None, corpus_tokenizer: str) -> dict[str, Any]:
@@ -132,26 +150,23 @@ def losses(evaluation: Evaluation | None, corpus_tokenizer: str) -> dict[str, An
     }
 
 
-def comparisons(
-    students: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Evaluation], control: str | None
-) -> list[dict[str, Any]]:
-    """Each student against the control; `bits_difference`, in bits per byte, orders them whatever the unit is."""
-    if control is None or control not in evaluations:
-        return []
-    baseline = next(one for one in students if one["name"] == control)
-    theirs = evaluations[control].scores
+def comparisons(students: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Evaluation]) -> list[dict[str, Any]]:
+    """Each student against its control; `bits_difference`, in bits per byte, orders them whatever the unit is."""
+    rows = {one["name"]: one for one in students}
     found = []
     for one in students:
-        if one["name"] == control:
+        control = one["control"]
+        if control is None or not {one["name"], control} <= evaluations.keys():
             continue
-        ours = evaluations[one["name"]].scores
+        baseline, ours, theirs = rows[control], evaluations[one["name"]].scores, evaluations[control].scores
         same_tokens = ours.tokenizer == theirs.tokenizer and np.array_equal(ours.n_tokens, theirs.n_tokens)
-        gap = compare(ours, theirs) if same_tokens else compare_bits(ours, theirs)
+        in_nats = same_tokens and not one["own_tokenizer"]  # nats beside those of other students
+        gap = compare(ours, theirs) if in_nats else compare_bits(ours, theirs)
         found.append(
             {
                 "student": one["name"],
                 "control": control,
-                "unit": "nats per token" if same_tokens else "bits per byte",
+                "unit": "nats per token" if in_nats else "bits per byte",
                 "difference": gap.value,
                 "se": gap.standard_error,
                 "bits_difference": one["bits_per_byte"] - baseline["bits_per_byte"],
@@ -164,7 +179,7 @@ def comparisons(
 
 
 def compare_bits(student: Scores, control: Scores) -> Difference:
-    """Student minus control in bits per byte, paired by instance, where their tokens differ.
+    """Student minus control in bits per byte, paired by instance, whatever their tokens are.
 
     Each is a ratio of its own sums: an instance's first token is not counted, and is as long as a tokenizer makes it.
     The standard error is that of a difference of two ratios of means over the same instances, linearised as in
@@ -211,6 +226,21 @@ def students_csv(findings: Mapping[str, Any]) -> str:
     return text.getvalue()
 
 
+def _terms(recipe: Recipe, settings: StudentSettings) -> tuple[object, ...]:
+    """What a student and its control have in common: the model, how long it is trained, the tokenizer."""
+    retokenized = recipe.retokenize.get(settings.data)
+    tokenizer = recipe.prepare.tokenizer if retokenized is None else retokenized.tokenizer
+    return settings.preset, settings.config, settings.start, settings.tokens, tokenizer  # in epochs, `tokens` is None
+
+
+def _chosen_by_chance(recipe: Recipe, origin: Mapping[str, str]) -> bool:
+    return origin["kind"] == "pool" or recipe.select[origin["name"]].sampler == "random"
+
+
+def _written(made_of: Sequence[Mapping[str, str]]) -> bool:
+    return any(one["kind"] == "generated" for one in made_of)
+
+
 def _trained(stages: Chain, stage_name: str, settings: TrainSettings) -> dict[str, Any]:
     """What a model that was trained here is, took and reached on the way."""
     stage = stages[stage_name]
@@ -254,7 +284,7 @@ def _same_loss(one: Mapping[str, Any], control: Mapping[str, Any], verdict: str)
         reached = tokens_to_reach(one["curve"], finals[1])
         assert reached is not None
         note = (
-            f"{one['name']} reached the control's final loss after {reached:,.0f} of {total:,.0f} tokens; "
+            f"{one['name']} reached its control's final loss after {reached:,.0f} of {total:,.0f} tokens; "
             f"to reach {one['name']}'s final loss the control needs more than it was given"
         )
         return {"control_tokens": total, "student_tokens": reached, "ratio": total / reached, "note": note}

@@ -77,7 +77,15 @@ def curve_lines(curve: Sequence[Point]) -> str:
     return "".join(json.dumps(point) + "\n" for point in curve)
 
 
-def card(counts: Mapping[str, Any], about: Mapping[str, str], license_: str | None, final: Point) -> str:
+def card(
+    counts: Mapping[str, Any],
+    about: Mapping[str, str],
+    license_: str | None,
+    final: Point,
+    *,
+    objective: str = "next_token",
+    start: str | None = None,
+) -> str:
     """The model card.
 
     Args:
@@ -85,27 +93,44 @@ def card(counts: Mapping[str, Any], about: Mapping[str, str], license_: str | No
         about: what is known of the data and how it was chosen: name -> value.
         license_: as the Hub spells it; None leaves it open, and says so.
         final: the last point of the curve.
+        objective: what the training loss is of.
+        start: the model that was trained further: a Hub id, or a folder, which stays out of the card.
 
     """
-    losses = {"final training loss": final.get("train_loss"), "final held-out loss": final.get("held_out_loss")}
+    loss = "loss (nats per token)" if objective == "next_token" else f"loss ({objective})"
+    losses = {
+        f"final training {loss}": final.get("train_loss"),
+        "final cross entropy (nats per token)": final.get("cross_entropy"),
+        "final held-out loss (nats per token)": final.get("held_out_loss"),
+    }
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [miniplm]"]
     head += [f"license: {json.dumps(license_)}"] if license_ else []
+    head += [f"base_model: {json.dumps(start)}"] if start is not None and not _is_folder(start) else []
     rows = [(name, value) for name, value in about.items()]
     rows += [(name.replace("_", " "), f"{value:,}") for name, value in counts.items() if isinstance(value, int)]
     rows += [("training operations", f"{counts['train_flops']:.3g}")]
-    rows += [(f"{name} (nats per token)", f"{value:.4f}") for name, value in losses.items() if value is not None]
+    rows += [(name, f"{value:.4f}") for name, value in losses.items() if value is not None]
     return "\n".join(
         [
             *head, "---", "",
             f"# A {counts['parameters'] / 1e6:,.1f}M-parameter {counts['model_type']} model", "",
-            "Pre-trained by miniplm (MiniPLM, arXiv 2410.17215). What it was made of is in `manifest.json`, its losses",
-            f"in `{CURVE}`.", "",
+            f"{'Pre-trained' if start is None else 'Trained further'} by miniplm (MiniPLM, arXiv 2410.17215). What it",
+            f"was made of is in `manifest.json`, its losses in `{CURVE}`.", "",
             "| | |", "|---|---|", *(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows), "",
             "## Licence", "",
             f"{_cell(license_)}." if license_ else "Not stated by who trained it. The licences of data and teacher "
             "may bear on it.", "",
         ]
     )  # fmt: skip
+
+
+def public_name(model: str) -> str:
+    """What a card calls a model: the Hub id, or of a folder its last part; where it lies is nobody's business."""
+    return Path(model).expanduser().resolve().name if _is_folder(model) else model
+
+
+def _is_folder(model: str) -> bool:
+    return Path(model).expanduser().is_dir()
 
 
 def _cell(text: str) -> str:

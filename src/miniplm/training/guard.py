@@ -28,6 +28,7 @@ from miniplm.training.data import TrainingOrder
 _WINDOW = 100  # steps
 _ENOUGH = 20  # steps before a spike is judged
 _NAMED = 3  # instances
+_LISTED = 8  # instances of a step whose losses cannot be told apart
 _RECENT = "recent_losses.json"  # in a checkpoint
 
 
@@ -55,8 +56,7 @@ class Guard(TrainerCallback):
             self.recent.extend(json.loads(_recent_file(args, state).read_text()))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if processes.leads():
-            _recent_file(args, state).write_text(json.dumps(list(self.recent)))
+        processes.led(lambda: _recent_file(args, state).write_text(json.dumps(list(self.recent))))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -126,6 +126,15 @@ def suspects(
     found.sort(key=lambda one: (not one[0], -math.inf if math.isnan(one[1]) else -one[1], one[2]))
     note = {True: ", and its gradient is no number", False: ""}
     return {_name(order, position): f"{value:.4f} nats per token{note[bad]}" for bad, value, position in found[:_NAMED]}
+
+
+def whole_step(order: TrainingOrder, positions: range) -> dict[str, str]:
+    """The instances of a step where the loss of each cannot be had: the weights are elsewhere (FSDP, DeepSpeed)."""
+    listed = positions if len(positions) <= _LISTED else [*positions[: _LISTED - 1], positions[-1]]
+    span = f"{positions[0]:,} to {positions[-1]:,} of the training"
+    found = {"instances": f"{len(positions):,}, positions {span}"}
+    found |= {f"position {position:,}": _name(order, position) for position in listed}
+    return found if len(listed) == len(positions) else found | {"left out": f"{len(positions) - len(listed):,} more"}
 
 
 def _name(order: TrainingOrder, position: int) -> str:

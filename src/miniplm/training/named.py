@@ -47,7 +47,7 @@ def objective_from(
     if isinstance(objective, NextTokenSettings):
         return NextToken()
     if isinstance(objective, OwnObjective):
-        return _own(objective)
+        return own_objective(objective)
     assert teacher is not None
     if isinstance(objective, VanillaKDSettings):
         return VanillaKD(teacher, objective, vocabulary)
@@ -80,7 +80,13 @@ def load_teacher(
     return teacher.requires_grad_(False)
 
 
-def _own(settings: OwnObjective) -> Objective:
+def own_objective(settings: OwnObjective) -> Objective:
+    """Make the objective of the user's that the settings name.
+
+    Raises:
+        RecipeError: the class cannot be found or made, or is no objective.
+
+    """
     module, _, name = settings.name.partition(":")
     try:
         made: Any = getattr(importlib.import_module(module), name)(**(settings.model_extra or {}))

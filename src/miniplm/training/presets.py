@@ -125,7 +125,13 @@ def resolve(settings: TrainSettings, tokenizer_vocab_size: int, separator: int) 
     if "model_type" not in settings.config:
         raise RecipeError("`config` does not say which `model_type` it is of (`qwen2`, `llama`, `gpt_neox`, ...).")
     config = {"vocab_size": _padded(tokenizer_vocab_size), **settings.config}
-    check_vocabulary(tokenizer_vocab_size, int(config["vocab_size"]), "the model's config")
+    if not isinstance(config["vocab_size"], int):
+        raise RecipeError(
+            "`config: {vocab_size: ...}` is no whole number.",
+            facts={"found": repr(config["vocab_size"])},
+            remedy="Leave it out: it is then the tokenizer's, padded.",
+        )
+    check_vocabulary(tokenizer_vocab_size, config["vocab_size"], "the model's config")
     return settings.model_copy(update={"config": config})
 
 

@@ -1,7 +1,8 @@
 """Several processes at one training, as `torchrun` and `accelerate launch` start them: one leads, the others follow.
 
 The leader alone holds the artifact and writes; all compute. What follows here is only what the Trainer does not do
-itself: agree on whether there is work, and meet at its end. Started plainly, a process is alone and leads.
+itself: agree on whether there is work and on what stops it, and meet at its end. Started plainly, a process is alone
+and leads.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from miniplm.errors import MiniplmError, TrainingError
 
 _Said = TypeVar("_Said")
 _LOOK_EVERY_SECONDS = 0.5
@@ -52,6 +55,39 @@ def hear_leader(say: _Said) -> _Said:
     said = [say]
     dist.broadcast_object_list(said, src=0)
     return said[0]
+
+
+def led(work: Callable[[], object]) -> None:
+    """Have the leader do what it does alone; all wait, and what stops it stops all.
+
+    Raises:
+        MiniplmError: what stopped the leader; in the leader, the error as it was.
+
+    """
+    found: Exception | None = None
+    if leads():
+        try:
+            work()
+        except Exception as error:
+            found = error
+    agree(found)
+
+
+def agree(found: Exception | None) -> None:
+    """Go on together or stop together: what stopped the leader (None: nothing) is raised in all, after they have met.
+
+    Raises:
+        MiniplmError: what stopped the leader; in each process, what stopped itself as it was.
+
+    """
+    told = hear_leader(None if found is None else as_ours(found))
+    if (error := found or told) is not None:
+        raise error
+
+
+def as_ours(error: Exception) -> MiniplmError:
+    """An error of the leader's as the others hear of it."""
+    return error if isinstance(error, MiniplmError) else TrainingError(f"the process that leads failed: {error}")
 
 
 def meet() -> None:

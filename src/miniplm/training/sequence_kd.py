@@ -36,7 +36,6 @@ from miniplm.models.flops import model_flops
 from miniplm.models.load import check_length, check_reads, choose_device, load_model, name_of
 from miniplm.packing.instances import TOKENIZER, Instances, Packed, dataset_files, open_packed, write_shard
 from miniplm.packing.pack import token_dtype
-from miniplm.packing.tokenizer import Tokenizer
 from miniplm.progress import progress
 from miniplm.recipe import Compute, GenerateSettings, GivenModel
 
@@ -213,7 +212,7 @@ class _Writer:
         config = self.model.config.get_text_config()
         check_reads(teacher, config.vocab_size, packed.tokenizer)
         check_length(config.to_dict(), packed.sequence_length)
-        self.forbidden = torch.from_numpy(unspeakable(packed.tokenizer)).to(self.device)
+        self.forbidden = torch.from_numpy(packed.tokenizer.unspeakable).to(self.device)
         self.name = name_of(teacher)
 
     def __call__(self, task: _Task) -> _Finished:
@@ -258,12 +257,3 @@ class _Writer:
     def _documents(self, ids: NDArray[Any]) -> int:
         """How many documents the prompt has tokens of; one more begins after each separator but a last one."""
         return 1 + int(np.count_nonzero(ids[: self.prompt - 1] == self.packed.separator))
-
-
-def unspeakable(tokenizer: Tokenizer) -> NDArray[np.bool_]:
-    """The ids that are no text, `[vocab_size]`: special tokens other than the separator, and gaps in the vocabulary."""
-    found = np.ones(tokenizer.vocab_size, np.bool_)
-    found[list(tokenizer.vocabulary.values())] = False
-    found[[i for i, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special]] = True
-    found[tokenizer.separator] = False
-    return found
