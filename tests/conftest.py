@@ -46,3 +46,11 @@ def jsonl(tmp_path: Path) -> Callable[..., Path]:
         return write_jsonl(tmp_path / name, documents, **how)
 
     return write
+
+
+LONGEST = ("test_kill.py", "test_ray.py", "test_processes.py", "test_readme.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes go first: `--dist loadfile` would leave one of them to run alone at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))

@@ -138,6 +138,7 @@ def test_in_float32_torchs_is_taken() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # importing torch's compiler causes them
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # also theirs
 def test_layers_compiled_one_by_one_with_it_give_the_same_gradients() -> None:
     ids = torch.randint(0, 64, (2, 300), generator=torch.Generator().manual_seed(0))
     gradients = []
