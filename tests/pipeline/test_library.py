@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,8 @@ def test_the_model_card_says_which_part_and_how_much_of_it(corpus: miniplm.Corpu
         model = miniplm.train(TINY, data, out=tmp_path / name, **how, **HOW)
         assert said in (model.path / "README.md").read_text()
     assert about_rows(half, None) == {}
+    relative = miniplm.open_packed(os.path.relpath(corpus.pool.path))
+    assert about_rows(relative.dataset, relative) == {"data": "pool"}
 
 
 class Constant:

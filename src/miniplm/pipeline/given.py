@@ -85,7 +85,8 @@ def selected_rows(packed: Packed, folder: Path) -> tuple[datasets.Dataset, dict[
 def _over_whole(rows: datasets.Dataset, packed: Packed) -> bool:
     """Whether the table under the rows is that of the whole part, so that row numbers mean what they say."""
     whole = rows._data.num_rows == len(packed) and rows.features == packed.dataset.features
-    return whole and {Path(file["filename"]) for file in rows.cache_files} == set(packed.shards)
+    files = {Path(file["filename"]).resolve() for file in rows.cache_files}
+    return whole and files == {shard.resolve() for shard in packed.shards}  # the part may have been given relatively
 
 
 def refused(error: ValidationError) -> RecipeError:
