@@ -26,6 +26,8 @@ from miniplm.report.write import summary, write_report
 from miniplm.sampling.base import open_selection
 from miniplm.scoring.base import Scores, open_scores
 
+pytestmark = pytest.mark.slow  # each needs a training of its own
+
 TINY = (
     "config: {model_type: qwen2, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2,"
     " num_key_value_heads: 2}, learning_rate: 5e-3, batch_tokens: 512, precision: float32"

@@ -24,6 +24,8 @@ from miniplm.training.checkpoint import Checkpoint, card, read_curve
 from miniplm.training.data import TrainingOrder
 from miniplm.training.objectives import Batch, NextToken
 
+pytestmark = pytest.mark.slow  # each needs a training of its own
+
 COMPUTE = miniplm.Compute(device="cpu", train_micro_batch=BATCH, report_to="none")
 
 
