@@ -12,7 +12,7 @@ demo: $(VENV)/run
 	$(BIN)/miniplm run recipes/quickstart.yaml
 
 test: lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 fast: $(VENV)/dev                      ## the tests that take a moment, for the inner loop
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m "not slow"
