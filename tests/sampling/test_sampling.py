@@ -18,8 +18,8 @@ from miniplm.errors import ArtifactMismatchError, MiniplmError, RecipeError, Sco
 from miniplm.recipe import SamplerSettings
 from miniplm.sampling.base import Pool, Selection, keep_count, open_selection, quotas, save, top_k, top_share
 from miniplm.sampling.baselines import RandomSampling, ReferenceDifficulty, TeacherPreference
-from miniplm.sampling.difference import DifferenceSampling, differences
-from miniplm.sampling.named import identity, sampler_from
+from miniplm.sampling.difference import DifferenceSampling, RelativeSampling, differences
+from miniplm.sampling.named import identity, needs_with_proxy, sampler_from
 from miniplm.scoring.base import Scores, read_parts
 
 SOURCES = ("a", "b", "c")
@@ -148,6 +148,71 @@ def test_within_source_keeps_the_mixture_and_the_total() -> None:
         inside = np.flatnonzero(teacher.source == code)
         best = [int(inside[r]) for r in slow_top_k(values[inside].tolist(), 50)]
         assert [r for r in within.rows.tolist() if r % 3 == code] == best
+
+
+def pair(n: int, seed: int, **changes: object) -> tuple[Scores, Scores]:
+    """Teacher and reference of ragged instances, both with losses as language models have."""
+    draw = np.random.default_rng(seed)
+    shape: dict[str, object] = {
+        "n_tokens": draw.integers(1, 40, n).astype(np.int32), "n_bytes": draw.integers(1, 200, n).astype(np.int32),
+    }  # fmt: skip
+    reference = -draw.gamma(4.0, 10.0, n)
+    teacher = reference * draw.uniform(0.3, 1.3, n)
+    return scores_of(teacher, **shape, **changes), scores_of(reference, **shape, **changes)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_relative_sampling_keeps_those_of_which_the_teacher_saves_the_largest_share(seed: int) -> None:
+    teacher, reference = pair(301, seed)
+    saved = [(r - t) / r for t, r in zip(teacher.logp.tolist(), reference.logp.tolist(), strict=True)]
+    chosen = RelativeSampling(ratio=0.3).select(teacher, reference)
+    assert chosen.rows.tolist() == slow_top_k(saved, 90)
+    assert chosen.threshold == pytest.approx(min(saved[row] for row in chosen.rows))
+    assert chosen.rows.tolist() != DifferenceSampling(ratio=0.3).select(teacher, reference).rows.tolist()
+
+
+def test_relative_sampling_does_not_depend_on_the_unit() -> None:
+    """Per token, per byte or summed; and with every loss in bits."""
+    teacher, reference = pair(200, 9)
+    chosen = RelativeSampling(ratio=0.4).select(teacher, reference).rows.tolist()
+    for unit in ("token", "byte"):
+        ours, theirs = (replace(scores, logp=scores.per(unit)) for scores in (teacher, reference))  # type: ignore[arg-type]
+        assert RelativeSampling(ratio=0.4).select(ours, theirs).rows.tolist() == chosen
+    bits = [replace(scores, logp=scores.logp / np.log(2)) for scores in (teacher, reference)]
+    assert RelativeSampling(ratio=0.4).select(*bits).rows.tolist() == chosen
+
+
+def test_relative_sampling_finds_instances_of_which_nothing_can_be_saved_worth_nothing() -> None:
+    """Those that the reference is certain of come after those that the teacher is better at."""
+    teacher = scores_of([-1.0, -3.0, 0.0, -2.0, -5.0])
+    reference = scores_of([-2.0, -2.0, 0.0, -2.0, 0.0])  # shares saved: 0.5, -0.5, 0, 0, 0
+    kept = [RelativeSampling(ratio=k / 5).select(teacher, reference).rows.tolist() for k in range(1, 6)]
+    assert kept == [[0], [0, 2], [0, 2, 3], [0, 2, 3, 4], [0, 1, 2, 3, 4]]
+
+
+def test_relative_sampling_within_sources_keeps_the_best_of_each() -> None:
+    teacher, reference = pair(300, 2)
+    chosen = RelativeSampling(ratio=0.5, within="source").select(teacher, reference)
+    assert {name: kept for name, (kept, _) in chosen.by_source.items()} == {"a": 50, "b": 50, "c": 50}
+    saved = 1 - teacher.logp / reference.logp
+    for code in range(3):
+        inside = np.flatnonzero(teacher.source == code)
+        best = [int(inside[r]) for r in slow_top_k(saved[inside].tolist(), 50)]
+        assert [r for r in chosen.rows.tolist() if r % 3 == code] == best
+
+
+def test_relative_sampling_refuses_what_it_cannot_use() -> None:
+    teacher, reference = pair(10, 0)
+    for scores in ((teacher, None), (None, reference)):
+        with pytest.raises(RecipeError, match="teacher and of the reference"):
+            RelativeSampling().select(*scores)
+    with pytest.raises(ArtifactMismatchError, match="different instances"):
+        RelativeSampling().select(teacher, replace(reference, packed="q" * 64))
+    with pytest.raises(RecipeError, match="normalize"):
+        sampler_from(SamplerSettings(sampler="relative", normalize="byte"))
+    with pytest.raises(RecipeError, match="proxy"):
+        needs_with_proxy("relative", RelativeSampling())
+    assert sampler_from(SamplerSettings(sampler="relative", ratio=0.1)) == RelativeSampling(ratio=0.1)
 
 
 def test_preference_and_difficulty_are_the_two_halves_of_the_difference() -> None:

@@ -13,10 +13,11 @@ from miniplm.errors import RecipeError
 from miniplm.recipe import SamplerSettings
 from miniplm.sampling.base import VERSION, Sampler
 from miniplm.sampling.baselines import RandomSampling, ReferenceDifficulty, TeacherPreference
-from miniplm.sampling.difference import DifferenceSampling
+from miniplm.sampling.difference import DifferenceSampling, RelativeSampling
 
 SAMPLERS: Mapping[str, type[Any]] = {
     "difference": DifferenceSampling,
+    "relative": RelativeSampling,
     "random": RandomSampling,
     "teacher": TeacherPreference,
     "reference": ReferenceDifficulty,
