@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import json
 import shutil
@@ -17,13 +18,14 @@ import pytest
 
 from conftest import write_jsonl
 from miniplm import artifact, cli
+from miniplm.evaluation.evaluate import open_evaluation
 from miniplm.pipeline.given import own_fingerprint
 from miniplm.recipe import load
 
 HOSTILE = "\x1b[31mred\x1b[0m <script>alert(1)</script> \u202e\x07"
 VERBS = (
-    "plan", "run", "report", "prepare", "score", "drift", "select", "generate", "retokenize", "train", "eval", "show",
-    "verify",
+    "plan", "cost", "run", "report", "study", "prepare", "score", "drift", "select", "generate", "retokenize", "train",
+    "eval", "agreement", "effects", "diversity", "scaling", "show", "verify",
 )  # fmt: skip
 
 RECIPE = """
@@ -298,8 +300,10 @@ def test_only_makes_one_stage_and_says_what_is_missing_before_it(
 
 
 def states(plan: str) -> dict[str, str]:
-    """`plan`'s lines as name -> state, without the path."""
-    return {line.split()[0]: " ".join(line.split()[1:-1]) for line in plan.splitlines()[:-1]}
+    """`plan`'s lines as name -> state, without costs and path."""
+    lines = plan[: plan.index(" stages are done.")].splitlines()[:-1]
+    begin = max(len(line.split()[0]) for line in lines) + 2
+    return {line.split()[0]: line[begin : begin + 44].strip() for line in lines}
 
 
 def test_plan_tells_what_is_ready_and_what_waits_for_what(
@@ -538,6 +542,12 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_with_both_number
         (["score", "{corpus}", "--model", "{model}"], ["corpus", "packed"]),
         (["eval", "{model}", "--held-out", "{pool}", "--dtype", "float64"], ["dtype", "float64"]),
         (["eval", "{model}", "--held-out", "{pool}", "--counted", "some"], ["counted", "some"]),
+        (["eval", "{model}"], ["--held-out", "--documents", "--tasks"]),
+        (["eval", "{model}", "{model}", "--held-out", "{pool}"], ["{model}", "is there twice"]),
+        (["eval", "no/such/model", "--held-out", "{pool}"], ["no/such/model"]),
+        (["eval", "{model}", "--documents", "no/such/file.jsonl"], ["no/such/file.jsonl"]),
+        (["eval", "{model}", "--documents", "{files}", "--windows", "last"], ["windows", "last"]),
+        (["eval", "{model}", "--documents", "{files}", "--sequence-length", "1"], ["sequence_length", "1"]),
         (["train", "qwen-1n", "--data", "{pool}", "--tokens", "1e5"], ["qwen-1n", "qwen-1m"]),
         (
             ["train", "qwen-1m", "--data", "{pool}", "--tokens", "64", "--set", "batch_tokens=32", "--counted", "some"],
@@ -581,7 +591,7 @@ def test_an_option_that_cannot_be_is_an_error_that_names_it(
         given += [x for r in ("teacher", "reference") for x in (f"--{r}", str(finished.path(f"scores/{r}")))]
     message = fail(*given, "--out", tmp_path / "out")
     for word in words:
-        assert word in message
+        assert word.format(**places) in message
     assert not (tmp_path / "out").exists()
 
 
@@ -670,10 +680,48 @@ def test_the_verbs_lead_from_documents_to_an_evaluation(
     )
     assert "nats_per_token" in out
     assert "bits_per_byte" in out
-    for name in ("corpus", "reference", "teacher-scores", "chosen", "student", "evaluation"):
+    for name in ("corpus", "reference", "teacher-scores", "chosen", "student", "evaluation/student/held_out"):
         assert succeed("show", tmp_path / name)
     assert_harmless(out)
     assert "every byte" in succeed("verify", tmp_path)
+
+
+def test_eval_puts_models_side_by_side_and_keeps_what_it_measured(
+    finished: Finished, tmp_path: Path, succeed: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("miniplm.scoring.huggingface.matmul_rate", lambda *_: 1e12)  # takes longer than these models
+    models = [finished.path("models/teacher"), finished.path("models/reference")]
+    held_out, documents = finished.path("corpus") / "held_out", finished.root.parent / "corpus" / "0.jsonl"
+    call = [
+        "eval", *models, "--held-out", held_out, "--documents", documents, "--windows", "all",
+        "--sequence-length", "32", "--dtype", "float32", "--out", tmp_path / "out",
+    ]  # fmt: skip
+    out = succeed(*call)
+    assert_harmless(out)
+    assert out.splitlines()[0].split() == [model.name for model in models]
+    assert out.splitlines()[-1] == f"table: {tmp_path / 'out' / 'evaluations.csv'}"
+    written = json.loads((tmp_path / "out" / "evaluations.json").read_bytes())
+    expected = []
+    for model in models:
+        for of in ("held_out", "documents"):
+            found = open_evaluation(tmp_path / "out" / model.name / of)
+            assert (
+                found.scores.packed
+                == artifact.read(
+                    held_out if of == "held_out" else tmp_path / "out" / model.name / "documents-packed"
+                ).fingerprint
+            )
+            expected += [{"model": model.name, **row.as_dict()} for row in found.rows]
+            whole = found.value("nats_per_token")
+            assert f"{whole.value:.4f} ± {whole.standard_error:.4f}" in out
+    assert written == expected
+    assert {row["dataset"] for row in written} == {"held_out", "documents"}
+    with (tmp_path / "out" / "evaluations.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows == [{key: "" if value is None else str(value) for key, value in row.items()} for row in expected]
+    before = times(tmp_path / "out" / models[0].name)
+    assert succeed(*call, "--tokenizer", "packed") == out
+    assert times(tmp_path / "out" / models[0].name) == before, "what is measured is not measured again"
 
 
 def test_rows_of_other_instances_are_refused_for_training(

@@ -1,149 +1,34 @@
-"""The command line: verbs only. Each parses, calls one function and prints; nothing here knows how anything is done.
-
-Results go to standard output, progress and errors to standard error. Exit status: 0; 1 for an error of the user's (our
-own exceptions); 2 for a wrong call; 130 when interrupted.
-"""
+"""Verbs of the stages, each by itself: from prepare to eval."""
 
 from __future__ import annotations
 
-import os
-import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from miniplm.errors import MiniplmError, MissingExtraError, RecipeError
-from miniplm.progress import printable
+from miniplm.cli.app import app
+from miniplm.cli.options import (
+    BatchOption,
+    CountedOption,
+    DeviceOption,
+    DocumentsOption,
+    DtypeOption,
+    EngineOption,
+    OutOption,
+    RowsOption,
+    TokenizerOption,
+    compute_settings,
+    is_number,
+    objective_settings,
+    pairs,
+    served_model,
+)
+from miniplm.errors import RecipeError
 
-if TYPE_CHECKING:
-    from miniplm.pipeline.chain import Chain
-    from miniplm.recipe import Compute, ServerModel
-
-# Threads that wait for each other in sleep instead of in a loop: on two cores that other processes use too, training
-# is 5 to 9 times as fast (measured, NOTES.md). It has to be said before torch is imported.
-_OPENMP_WAIT = "passive"
-
-_LEADER_FIRST_SECONDS = 10.0  # that others of several processes wait before they print an error of their own
-
-# settings whose options differ, and settings of a training that have options
-_OPTIONS = {"score_tokens": "batch-tokens", "train_micro_batch": "micro-batch", "generate_batch": "batch"}
+# settings of a training that have options
 _TRAIN_OPTIONS = {"model", "data", "tokens", "epochs", "out", "held_out", "counted", "objective", "teacher", "match"}
 _NO_SETTINGS = {"about", "compute", "tokenizer"}  # arguments of `train` that are none of a training
-
-app = typer.Typer(
-    help="MiniPLM: refine a pre-training corpus with a large model's knowledge, once; train any student on the result.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-
-RecipeArgument = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
-RunOption = Annotated[
-    Path | None, typer.Option("--out", help="The run directory. [default: runs/<name of the recipe>]")
-]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a key: select.difference.ratio=0.4")]
-OutOption = Annotated[Path, typer.Option(help="Folder to make; must not be there yet.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
-CountedOption = Annotated[str, typer.Option(help="Which targets count: all, skip_after_separator")]
-DtypeOption = Annotated[str, typer.Option(help="Weights in float32, bfloat16 or float16.")]
-BatchOption = Annotated[
-    int | None, typer.Option("--batch-tokens", help="Tokens per forward pass. [default: what suits the device]")
-]
-DocumentsOption = Annotated[str, typer.Option(help="attend over the whole instance, or isolate each document")]
-RowsOption = Annotated[Path | None, typer.Option(help="A selection of its instances.")]
-ServerTokenizerOption = Annotated[str | None, typer.Option(help="The served model's tokenizer: Hub id or folder.")]
-EngineOption = Annotated[str, typer.Option(help="local, or ray: on all the machines of a Ray cluster.")]
-TokenizerOption = Annotated[
-    str, typer.Option("--tokenizer", help="packed, or own: the text under the model's own tokenizer.")
-]
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The entry point: run a verb, print what a user can mend as `error: ...`."""
-    os.environ.setdefault("OMP_WAIT_POLICY", _OPENMP_WAIT)
-    try:
-        app(list(arguments) if arguments is not None else None)
-    except MiniplmError as error:
-        _complain(error)
-    except OSError as error:  # an output folder that may not be written, a file that vanished
-        _complain(error)
-    except ModuleNotFoundError as error:
-        extra = {
-            "torch": "train",
-            "transformers": "train",
-            "accelerate": "train",
-            "tensorboard": "train",
-            "jinja2": "report",
-            "matplotlib": "report",
-            "ray": "ray",
-            "httpx": "server",
-            "torchao": "quantize",
-            "vllm": "vllm",
-        }
-        if error.name not in extra:
-            raise
-        _complain(MissingExtraError(extra[error.name], error.name))
-    except SystemExit as ended:
-        if ended.code == 130:  # typer's answer to Control-C
-            print("interrupted; the same command goes on where it stopped.", file=sys.stderr)  # noqa: T201
-        raise
-
-
-def _complain(error: Exception) -> None:
-    if os.environ.get("RANK", "0") != "0":  # what stops all processes is said by the first, and the others are ended
-        time.sleep(_LEADER_FIRST_SECONDS)
-    lines = (printable(line, 400) for line in f"error: {error}".splitlines())
-    print(*lines, sep="\n", file=sys.stderr)  # noqa: T201
-    sys.exit(1)
-
-
-@app.command()
-def plan(recipe: RecipeArgument, out: RunOption = None, set_: SetOption = None) -> None:
-    """Show each stage of a recipe: done, begun, ready, or waiting on another."""
-    from miniplm.pipeline.run import plan as plan_chain
-
-    stages = _chain(recipe, out, set_)
-    statuses = plan_chain(stages)
-    width = max(len(status.stage.name) for status in statuses)
-    for status in statuses:
-        typer.echo(f"{status.stage.name:<{width}}  {status!s:<44}  {status.stage.path}")
-    typer.echo(f"{sum(s.state == 'done' for s in statuses)} of {len(statuses)} stages are done.")
-
-
-@app.command()
-def run(
-    recipe: RecipeArgument,
-    out: RunOption = None,
-    set_: SetOption = None,
-    only: Annotated[str | None, typer.Option(help="One stage (score/teacher) or group of stages (score).")] = None,
-    engine: Annotated[str | None, typer.Option(help="local or ray, instead of the recipe's compute.engine")] = None,
-) -> None:
-    """Make what is missing of a recipe, then the report. Interrupt and repeat at will."""
-    from miniplm.pipeline.run import run as run_chain
-    from miniplm.report.write import summary, write_report
-    from miniplm.training import processes
-
-    stages = _chain(recipe, out, [*(set_ or []), *([f"compute.engine={engine}"] if engine else [])])
-    run_chain(stages, only, typer.echo)
-    if only is None and processes.leads():
-        page = write_report(stages)
-        typer.echo(summary(stages))
-        typer.echo(f"report: {page}")
-
-
-@app.command()
-def report(recipe: RecipeArgument, out: RunOption = None, set_: SetOption = None) -> None:
-    """Write the report of a run whose stages are all done."""
-    from miniplm.report.write import summary, write_report
-
-    stages = _chain(recipe, out, set_)
-    page = write_report(stages)
-    typer.echo(summary(stages))
-    typer.echo(f"report: {page}")
 
 
 @app.command()
@@ -166,8 +51,8 @@ def prepare(
     from miniplm.packing.prepare import counts_table
     from miniplm.pipeline.library import prepare as prepare_corpus
 
-    shares = _pairs(split, "--split")
-    if bad := [share for share in shares.values() if not _is_number(share)]:
+    shares = pairs(split, "--split")
+    if bad := [share for share in shares.values() if not is_number(share)]:
         raise RecipeError(f"--split {split!r}: {bad[0]!r} is no number.")
     size = tokenizer.removeprefix("train:")
     corpus = prepare_corpus(
@@ -179,7 +64,7 @@ def prepare(
         columns={k: v for k, v in {"text": text, "id": id_, "source": source}.items() if v},
         on_error=on_error,
         cut=cut,
-        compute=_compute(engine=engine),
+        compute=compute_settings(engine=engine),
     )
     typer.echo("\n".join(counts_table(corpus.manifest.counts)))
 
@@ -219,7 +104,7 @@ def score(
 
     given: ScoredModel
     if server is not None:
-        given = _server(server=server, model=model, revision=revision or "", tokenizer=server_tokenizer, send=send)
+        given = served_model(server=server, model=model, revision=revision or "", tokenizer=server_tokenizer, send=send)
     elif vllm:
         given = VllmModel(vllm=model, revision=revision, trust_remote_code=trust_remote_code)
     else:
@@ -227,7 +112,7 @@ def score(
     how: Any = {
         "dtype": dtype, "counted": counted, "documents": documents, "tokenizer": tokenizer, "quantize": quantize,
     }  # fmt: skip
-    compute = _compute(device=device, score_tokens=batch, engine=engine)
+    compute = compute_settings(device=device, score_tokens=batch, engine=engine)
     scores = score_part(open_packed(packed), given, out=out, compute=compute, **how)
     loss = -scores.logp.sum() / scores.n_tokens.sum()
     typer.echo(f"{len(scores):,} instances, {loss:.4f} nats per token{throughput(provenance(out))}: {out}")
@@ -265,12 +150,12 @@ def drift(
 
     also = [Way(how, settings={"quantize": how}) for how in quantize or ()]
     if server is not None:
-        served = _server(server=server, model=server_model or teacher, tokenizer=server_tokenizer, send=send)
+        served = served_model(server=server, model=server_model or teacher, tokenizer=server_tokenizer, send=send)
         also.append(Way("server", teacher=served))
     if vllm:
         also.append(Way("vllm", teacher=VllmModel(vllm=teacher)))
     typer.echo(HEADER)
-    compute = _compute(device=device)
+    compute = compute_settings(device=device)
     found = measure(
         open_packed(packed), teacher, reference, also=also, sample=sample, ratio=ratio, normalize=normalize,
         dtype=dtype, counted=counted, documents=documents, tokenizer=tokenizer, compute=compute, say=typer.echo,
@@ -286,7 +171,7 @@ def select(
     reference: Annotated[Path | None, typer.Option(help="Scores of the reference.")] = None,
     pool: Annotated[Path | None, typer.Option(help="The pool, for random sampling without scores.")] = None,
     sampler: Annotated[
-        str, typer.Option(help="difference, random, teacher, reference, or package.module:Class")
+        str, typer.Option(help="difference, relative, random, teacher, reference, or package.module:Class")
     ] = "difference",
     ratio: Annotated[float, typer.Option(help="Share of the pool to keep.")] = 0.5,
     normalize: Annotated[str | None, typer.Option(help="token, byte or sum. [default: token]")] = None,
@@ -328,7 +213,7 @@ def generate(
     }  # fmt: skip
     made = generate_part(
         open_packed(data), teacher, out=out, rows=None if rows is None else open_selection(rows),
-        compute=_compute(device=device, engine=engine, generate_batch=batch), **how,
+        compute=compute_settings(device=device, engine=engine, generate_batch=batch), **how,
     )  # fmt: skip
     typer.echo(f"{len(made):,} instances, {made.manifest.counts['generated_tokens']:,} tokens written: {out}")
 
@@ -351,7 +236,7 @@ def retokenize(
 
     made = retokenize_part(
         open_packed(data), tokenizer, out=out, rows=None if rows is None else open_selection(rows),
-        sequence_length=sequence_length, compute=_compute(engine=engine),
+        sequence_length=sequence_length, compute=compute_settings(engine=engine),
     )  # fmt: skip
     typer.echo(f"{len(made):,} instances, {made.manifest.counts['tokens_out']:,} tokens: {out}")
 
@@ -392,7 +277,7 @@ def train(
     from miniplm.pipeline.learning import train as train_model
     from miniplm.training import processes
 
-    settings: dict[str, Any] = dict(pair for text in set_ or [] for pair in _pairs(text, "--set").items())
+    settings: dict[str, Any] = dict(pair for text in set_ or [] for pair in pairs(text, "--set").items())
     if strange := sorted(settings.keys() & _NO_SETTINGS):
         raise RecipeError(f"--set {strange[0]}=... is no setting of a training.")
     if reserved := sorted(settings.keys() & _TRAIN_OPTIONS):
@@ -407,13 +292,13 @@ def train(
         tokens=tokens,
         epochs=epochs,
         out=out,
-        objective=_objective(objective),
+        objective=objective_settings(objective),
         teacher=teacher,
         match=match,
         held_out=None if held_out is None else open_packed(held_out),
         counted=counted,  # type: ignore[arg-type]  # a str here; the function checks it
         about=about,
-        compute=_compute(device=device, train_micro_batch=micro_batch, report_to=report_to),
+        compute=compute_settings(device=device, train_micro_batch=micro_batch, report_to=report_to),
         **settings,
     )
     if not processes.leads():
@@ -427,9 +312,22 @@ def train(
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Hub id or folder.")],
-    held_out: Annotated[Path, typer.Option(help="The held-out part of a prepared corpus.")],
-    out: OutOption,
+    models: Annotated[list[str], typer.Argument(help="Hub ids or folders: a column of the table each.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results; a model that is measured there is not again.")],
+    held_out: Annotated[Path | None, typer.Option(help="The held-out part of a prepared corpus.")] = None,
+    documents: Annotated[
+        list[str] | None, typer.Option(help="Documents, path or glob: each model reads them by its own tokenizer.")
+    ] = None,
+    windows: Annotated[str, typer.Option(help="Of a document: first, as in the paper, or all of it.")] = "first",
+    sequence_length: Annotated[int, typer.Option(help="Predicted positions of a document's window.")] = 1024,
+    tasks: Annotated[
+        str | None, typer.Option(help="Of lm-evaluation-harness, by comma; `paper`: the paper's nine.")
+    ] = None,
+    tasks_data: Annotated[
+        Path | None, typer.Option(help="Folder with the tasks' files, a folder a task; nothing is downloaded.")
+    ] = None,
+    shots: Annotated[int, typer.Option(help="Examples before each question.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task. [default: all]")] = None,
     dtype: DtypeOption = "bfloat16",
     counted: CountedOption = "all",
     tokenizer: TokenizerOption = "packed",
@@ -437,106 +335,28 @@ def evaluate(
     batch: BatchOption = None,
     engine: EngineOption = "local",
 ) -> None:
-    """Measure a model on held-out instances."""
+    """Measure models: loss on held-out instances or on documents, accuracy on benchmarks; one table."""
+    from miniplm.evaluation.loss import Row
     from miniplm.packing.instances import open_packed
-    from miniplm.pipeline.library import evaluate as evaluate_model
+    from miniplm.pipeline import measuring
 
-    how: Any = {"dtype": dtype, "counted": counted, "tokenizer": tokenizer}
-    compute = _compute(device=device, score_tokens=batch, engine=engine)
-    typer.echo(evaluate_model(model, held_out=open_packed(held_out), out=out, compute=compute, **how))
-
-
-@app.command()
-def show(
-    path: Annotated[Path, typer.Argument(help="An artifact.")],
-    packed: Annotated[Path | None, typer.Option(help="For scores: where the instances lie.")] = None,
-) -> None:
-    """Show an artifact: its manifest; of scores a histogram and the best, median and worst instances as text."""
-    from miniplm.report.show import show as lines
-
-    for line in lines(path, packed):
-        typer.echo(line)
-
-
-@app.command()
-def verify(path: Annotated[Path, typer.Argument(help="An artifact, or a run directory.")]) -> None:
-    """Check every byte of an artifact, or of all below a folder, against its manifest."""
-    from miniplm import artifact
-    from miniplm.errors import ArtifactDamagedError
-
-    if not (folders := artifact.find(path)):
-        artifact.read(path)  # says what is not there
-    damaged = 0
-    for folder in folders:
-        problems = list(artifact.verify(folder))
-        damaged += bool(problems)
-        typer.echo(f"{'damaged' if problems else 'ok':<8} {folder}")
-        for problem in problems:
-            typer.echo(f"  {problem}")
-    if damaged:
-        raise ArtifactDamagedError(f"{damaged} of {len(folders)} artifacts are not as they were written.")
-    typer.echo(f"{len(folders)} artifacts, every byte as written.")
-
-
-def _chain(recipe: Path, out: Path | None, overrides: list[str] | None) -> Chain:
-    from miniplm.recipe import load
-
-    settings = load(recipe, overrides or ())
-    from miniplm.pipeline.chain import chain
-
-    return chain(settings, out or Path("runs") / settings.name)
-
-
-def _server(**settings: Any) -> ServerModel:
-    from pydantic import ValidationError
-
-    from miniplm.recipe import ServerModel
-
-    try:
-        return ServerModel(**settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise RecipeError(f"--{first['loc'][0]} cannot be used: {first['msg']}") from error
-
-
-def _compute(**settings: Any) -> Compute:
-    from pydantic import ValidationError
-
-    from miniplm.recipe import Compute
-
-    try:
-        return Compute(**settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        setting = str(first["loc"][0])
-        option = _OPTIONS.get(setting, setting)
-        raise RecipeError(f"--{option} {first['input']!r} cannot be used: {first['msg']}") from error
-
-
-def _objective(text: str) -> str | dict[str, Any]:
-    """A name, or where it begins with a brace a mapping in YAML, as in a recipe."""
-    import yaml
-
-    from miniplm.recipe.dialect import Loader
-
-    if not text.startswith("{"):
-        return text
-    try:
-        return dict(yaml.load(text, Loader=Loader))  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--objective {text!r} is not YAML: {error}") from error
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _pairs(text: str, option: str) -> dict[str, str]:
-    pairs = dict(pair.split("=", 1) for pair in text.split(",") if "=" in pair)
-    if len(pairs) != len(text.split(",")):
-        raise RecipeError(f"{option} {text!r} is not of the form name=value,name=value.")
-    return {name.strip(): value.strip() for name, value in pairs.items()}
+    if held_out is None and documents is None and tasks is None:
+        raise RecipeError("nothing to measure on.", remedy="Give --held-out, --documents or --tasks, or several.")
+    compute = compute_settings(device=device, score_tokens=batch, engine=engine)
+    part = None if held_out is None else open_packed(held_out)
+    rows: dict[str, list[Row]] = {}
+    for name, model in measuring.folder_names(models).items():
+        found, folder = rows.setdefault(name, []), out / name
+        how: Any = {"dtype": dtype, "compute": compute}
+        if part is not None:
+            rule: Any = {"counted": counted, "tokenizer": tokenizer}
+            found += measuring.evaluate(model, held_out=part, out=folder / "held_out", **rule, **how).rows
+        if documents is not None:
+            cut: Any = {"sequence_length": sequence_length, "windows": windows}
+            found += measuring.evaluate_documents(model, documents, out=folder / "documents", **cut, **how).rows
+        if tasks is not None:
+            asked: Any = {"tasks_data": tasks_data, "shots": shots, "limit": limit}
+            found += measuring.evaluate_tasks(model, tasks.split(","), out=folder / "tasks", **asked, **how).rows
+    measuring.write_table(out, rows)
+    typer.echo("\n".join(measuring.table(rows)))
+    typer.echo(f"table: {out / 'evaluations.csv'}")
