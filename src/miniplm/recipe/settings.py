@@ -149,10 +149,54 @@ class SamplerSettings(Settings):
         return self
 
 
-class EvaluateSettings(Settings):
-    """What the students are measured on."""
+class DocumentSetSettings(CorpusSettings):
+    """Documents that models are measured on (paper, section 3.1: 10K documents of DCLM), under the corpus's tokenizer.
+
+    Each document is by itself, not packed with others.
+    """
+
+    documents: int | None = Field(None, gt=0, description="how many, drawn by a hash of their ids; None: all")
+    windows: Literal["first", "all"] = Field(
+        "first", description="first: the beginning of a document, as in the paper; all: the whole of it, cut in windows"
+    )
+
+    @model_validator(mode="after")
+    def _is_there(self) -> Self:
+        if self.source is not None:
+            raise At(("source",), "models are measured on documents of your own: files or hub")
+        return self
+
+
+class TaskSettings(Settings):
+    """Benchmarks of lm-evaluation-harness. `paper` stands for the nine tasks of the paper (section 3.1)."""
+
+    tasks: list[str] = Field([], description="names of the harness, or `paper`")
+    tasks_data: str | None = Field(
+        None, description="folder with the tasks' files, a folder a task: nothing is read from the network"
+    )
+    shots: int = Field(0, ge=0, description="examples before each question; the paper's are zero-shot")
+    limit: int | None = Field(None, gt=0, description="examples of each task; None: all")
+    dtype: Precision = Field("bfloat16", description="of the model's weights")
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _bare_name(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+
+class EvaluateSettings(TaskSettings):
+    """What teacher, reference, students, and `models` beside them, are measured on."""
 
     held_out: bool = True
+    documents: dict[Name, DocumentSetSettings] = Field({})
+    models: dict[Name, GivenModel] = Field({}, description="models of other people, for more rows of the tables")
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _bare_models(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        return {name: {"model": model} if isinstance(model, str) else model for name, model in value.items()}
 
 
 class RaySettings(Settings):
@@ -219,6 +263,10 @@ class Recipe(Settings):
     def _names_exist(self) -> Self:
         for role in {"teacher", "reference"} & self.students.keys():
             raise At(("students", role), "a student cannot have the name of a role; call it something else")
+        for taken in {"teacher", "reference", *self.students} & self.evaluate.models.keys():
+            raise At(("evaluate", "models", taken), "there is a model of this name; call it something else")
+        for taken in {"held_out", "average", *self.evaluate.tasks} & self.evaluate.documents.keys():
+            raise At(("evaluate", "documents", taken), "tables have something else of this name; call it otherwise")
         valid = ["pool"]
         for section, entries in (
             ("select", self.select),
