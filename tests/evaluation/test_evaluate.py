@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -13,13 +14,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import miniplm
 from conftest import write_jsonl
 from miniplm import artifact
 from miniplm.errors import ArtifactError, ArtifactMismatchError, ModelError, ScoreError
-from miniplm.evaluation.evaluate import Evaluation, as_csv, open_evaluation
-from miniplm.evaluation.loss import ALL, Row, losses
+from miniplm.evaluation.evaluate import Evaluation, open_evaluation
+from miniplm.evaluation.loss import ALL, Row, as_csv, losses
 from miniplm.models.load import model_fingerprint, new_model
 from miniplm.packing.prepare import Corpus
 from miniplm.recipe import Compute, GivenModel
@@ -149,7 +151,7 @@ def test_a_figure_that_was_not_measured_is_a_key_error(evaluation: Evaluation) -
 
 def test_a_table_of_several_models_has_the_rows_of_each_whatever_their_names(evaluation: Evaluation) -> None:
     other = Evaluation((Row("held_out", 'a "b", c\nd', "nats_per_token", 1.5, None, 1),), evaluation.scores)
-    lines = list(csv.reader(io.StringIO(as_csv({"one, two": evaluation, "three": other}))))
+    lines = list(csv.reader(io.StringIO(as_csv({"one, two": evaluation.rows, "three": other.rows}))))
     assert lines[0] == ["model", "dataset", "source", "metric", "value", "standard_error", "n"]
     assert [line[0] for line in lines[1:]] == ["one, two"] * len(evaluation.rows) + ["three"]
     assert lines[-1] == ["three", "held_out", 'a "b", c\nd', "nats_per_token", "1.5", "", "1"]
@@ -225,3 +227,81 @@ def test_a_model_with_fewer_embeddings_than_tokens_is_refused_with_both_sizes(co
 
 def test_the_name_of_all_instances_together_is_no_source_of_this_corpus(evaluation: Evaluation) -> None:
     assert ALL not in evaluation.scores.sources
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("texts") / "web.jsonl", 9, words=12, seed=5)
+
+
+def peaked(folder: Path) -> Path:
+    """A model that has opinions, so that its loss is not that of a uniform guess."""
+    model = new_model({**CONFIG, "vocab_size": 300}, 0).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20.0)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("windows", ["first", "all"])
+def test_the_loss_of_documents_is_that_of_a_plain_loop_over_each_by_itself(
+    corpus: Corpus, texts: Path, tmp_path: Path, windows: Any
+) -> None:
+    folder = peaked(tmp_path / "model")
+    packed = miniplm.pack_documents(
+        texts, tokenizer=corpus.tokenizer, out=tmp_path / "packed", sequence_length=T, windows=windows
+    )
+    found = miniplm.evaluate(
+        folder, held_out=packed, out=tmp_path / "evaluation", dtype="float32", documents="web", compute=CPU
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    per_document: list[tuple[float, int, int]] = []  # nats, tokens, bytes
+    for record in map(json.loads, texts.read_text().splitlines()):
+        (ids,) = corpus.tokenizer.encode([record["text"]])
+        tokens = [*ids.tolist(), corpus.tokenizer.separator]
+        nats, count = 0.0, 0
+        for begin in range(0, len(tokens) - 1, T) if windows == "all" else (0,):
+            window = torch.tensor([tokens[begin : begin + T + 1]])
+            with torch.no_grad():
+                logp = torch.log_softmax(model(input_ids=window[:, :-1]).logits[0], dim=-1)
+            nats -= sum(float(logp[t, window[0, t + 1]]) for t in range(len(window[0]) - 1))
+            count += len(window[0]) - 1
+        read = tokens[1 : count + 1]
+        per_document.append((nats, count, len(corpus.tokenizer.decode(i for i in read if i).encode())))
+    total = [sum(column) for column in zip(*per_document, strict=True)]
+    assert found.value("nats_per_token").value == pytest.approx(total[0] / total[1], abs=1e-5)
+    assert found.value("bits_per_byte").value == pytest.approx(total[0] / math.log(2) / total[2], abs=1e-5)
+    assert abs(total[0] / total[1] - math.log(300)) > 0.1, "this would compare uniform guesses"
+    assert {row.dataset for row in found.rows} == {"web"}
+    if windows == "all":
+        assert found.value("nats_per_token").n == len(packed) > len(per_document)
+        assert "nats_per_token_by_document" not in {row.metric for row in found.rows}
+        return
+    each = [nats / count for nats, count, _ in per_document]
+    by_document = found.value("nats_per_token_by_document")
+    assert by_document.value == pytest.approx(np.mean(each), abs=1e-5)
+    assert by_document.standard_error == pytest.approx(np.std(each, ddof=1) / math.sqrt(len(each)), abs=1e-5)
+    assert by_document.n == len(per_document)
+
+
+def test_an_evaluation_on_documents_is_opened_as_it_was_returned(corpus: Corpus, texts: Path, tmp_path: Path) -> None:
+    packed = miniplm.pack_documents(texts, tokenizer=corpus.tokenizer, out=tmp_path / "packed", sequence_length=T)
+    found = miniplm.evaluate(ByHand(), held_out=packed, out=tmp_path / "web", documents="web", compute=CPU)
+    opened = open_evaluation(tmp_path / "web")
+    assert opened.rows == found.rows
+    assert len(found.rows) == 3 * 4  # three metrics of all and of three sources
+    written = json.loads((tmp_path / "web" / "evaluation.json").read_text())
+    assert [Row(**entry) for entry in written] == list(found.rows)
+    named = artifact.read(tmp_path / "web").identity
+    miniplm.evaluate(ByHand(), held_out=packed, out=tmp_path / "dclm", documents="dclm", compute=CPU)
+    assert artifact.read(tmp_path / "dclm").fingerprint != named.fingerprint
+
+
+def test_an_evaluation_that_does_not_name_its_set_is_one_of_held_out_instances(
+    evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As earlier versions wrote them."""
+    manifest = artifact.read(tmp_path / "evaluation")
+    counts = {key: value for key, value in manifest.counts.items() if key not in {"dataset", "by_document"}}
+    monkeypatch.setattr(artifact, "read", lambda *_, **__: dataclasses.replace(manifest, counts=counts))
+    assert open_evaluation(tmp_path / "evaluation").rows == evaluation.rows

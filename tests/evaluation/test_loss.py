@@ -127,6 +127,32 @@ def test_a_row_is_its_fields_by_name() -> None:
     }  # fmt: skip
 
 
+def test_the_mean_over_documents_is_that_of_each_ones_nats_per_token_and_counts_them_alike() -> None:
+    rows = losses(scores_of([-10.0, -20.0, -6.0], [5, 8, 2], source=["a", "a", "b"]), "web", by_document=True)
+    found = figure(rows, "nats_per_token_by_document")  # 2, 2.5, 3
+    assert found.value == pytest.approx(2.5)
+    assert found.standard_error == pytest.approx(math.sqrt((0.25 + 0 + 0.25) / 2) / math.sqrt(3))
+    assert (found.dataset, found.n) == ("web", 3)
+    of_a, of_b = (figure(rows, "nats_per_token_by_document", source) for source in "ab")
+    assert (of_a.value, of_a.standard_error, of_a.n) == (pytest.approx(2.25), pytest.approx(0.25), 2)
+    assert (of_b.value, of_b.standard_error, of_b.n) == (3.0, None, 1)
+    assert figure(rows, "nats_per_token").value == pytest.approx(36 / 15)
+
+
+def test_the_mean_over_documents_is_there_only_where_instances_are_documents() -> None:
+    scores = scores_of([-10.0, -20.0], [5, 8])
+    assert {row.metric for row in losses(scores)} == {"nats_per_token", "bits_per_byte"}
+    more = losses(scores, by_document=True)
+    assert [row for row in more if row.metric != "nats_per_token_by_document"] == losses(scores)
+    assert len(more) == len(losses(scores)) + 2
+
+
+def test_the_name_of_a_set_is_that_of_its_rows() -> None:
+    scores = scores_of([-10.0, -20.0], [5, 8])
+    assert {row.dataset for row in losses(scores)} == {"held_out"}
+    assert {row.dataset for row in losses(scores, "dclm", by_document=True)} == {"dclm"}
+
+
 def test_a_comparison_is_the_difference_of_the_two_losses_per_token() -> None:
     control, student = scores_of([-10.0, -20.0, -6.0], [5, 8, 2]), scores_of([-9.0, -16.0, -5.0], [5, 8, 2])
     found = compare(student, control)

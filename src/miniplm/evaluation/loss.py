@@ -1,15 +1,21 @@
-"""Held-out loss: nats per token and bits per byte, per source and in all, with standard errors over instances.
+"""Loss on held-out instances or documents: nats per token and bits per byte, per source and in all, standard errors.
 
-In: the scores of held-out instances under a model. Out: an `Evaluation`: rows of (dataset, source, metric, value,
+In: the scores of instances under a model. Out: an `Evaluation`: rows of (dataset, source, metric, value,
 standard error, n), and the scores themselves, so that two models can be compared instance by instance.
 
 Both metrics are ratios of sums, Σ −log p / Σ tokens; the standard error is that of a ratio of means over instances:
 s / (mean tokens · √n), s the standard deviation of −log p − ratio · tokens (Cochran, Sampling Techniques, section 6.4).
 Instances of one document are not independent, so it is a little too small where documents are long.
+
+Where an instance is a document, there is the paper's own figure too: the mean over documents of each one's nats per
+token, in which a short document weighs as much as a long one (paper.md section 2.4).
 """
 
 from __future__ import annotations
 
+import csv
+import io
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -19,11 +25,22 @@ from miniplm.progress import printable
 from miniplm.scoring.base import Scores
 
 ALL = "all"
+HELD_OUT = "held_out"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One figure: `source` is `all` or a domain, `metric` `nats_per_token` or `bits_per_byte`, `n` counts instances."""
+    """One figure of a model.
+
+    Attributes:
+        dataset: `held_out`, the name of a set of documents, or a task.
+        source: `all` or a domain.
+        metric: `nats_per_token`, `nats_per_token_by_document`, `bits_per_byte`, or a task's: `acc_norm`, ...
+        value: of it.
+        standard_error: of the value; None where it is not known.
+        n: instances or examples; of an average, tasks.
+
+    """
 
     dataset: str
     source: str
@@ -35,7 +52,7 @@ class Row:
     def __str__(self) -> str:
         error = "–" if self.standard_error is None else f"{self.standard_error:.4f}"
         source = printable(self.source, 24)
-        return f"{self.dataset:<10} {source:<24} {self.metric:<15} {self.value:8.4f} ± {error}  n={self.n:,}"
+        return f"{self.dataset:<10} {source:<24} {self.metric:<26} {self.value:8.4f} ± {error}  n={self.n:,}"
 
     def as_dict(self) -> dict[str, object]:
         """The fields by name."""
@@ -58,8 +75,15 @@ class Difference:
         return "better" if self.value < 0 else "worse"
 
 
-def losses(scores: Scores, dataset: str = "held_out") -> list[Row]:
-    """The figures of one model: both metrics for all instances, then for each source."""
+def losses(scores: Scores, dataset: str = HELD_OUT, *, by_document: bool = False) -> list[Row]:
+    """The figures of one model: all metrics for all instances, then for each source.
+
+    Args:
+        scores: of the instances.
+        dataset: what the rows call it.
+        by_document: each instance is a document: give the mean over documents too.
+
+    """
     groups = [(ALL, np.arange(len(scores)))]
     groups += [(name, np.flatnonzero(scores.source == code)) for code, name in enumerate(scores.sources)]
     rows = []
@@ -75,7 +99,20 @@ def losses(scores: Scores, dataset: str = "held_out") -> list[Row]:
                 continue
             value, error = _ratio(nats, amount)
             rows.append(Row(dataset, source, metric, value, error, len(inside)))
+        if by_document:
+            each = nats / scores.n_tokens[inside]
+            error = float(np.std(each, ddof=1)) / len(each) ** 0.5 if len(each) > 1 else None
+            rows.append(Row(dataset, source, "nats_per_token_by_document", float(each.mean()), error, len(inside)))
     return rows
+
+
+def as_csv(models: Mapping[str, Iterable[Row]]) -> str:
+    """A table of several models: model, dataset, source, metric, value, standard error, n."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["model", "dataset", "source", "metric", "value", "standard_error", "n"])
+    writer.writerows([model, *row.as_dict().values()] for model, rows in models.items() for row in rows)
+    return text.getvalue()
 
 
 def compare(student: Scores, control: Scores) -> Difference:
