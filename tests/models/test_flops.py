@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from miniplm.models.flops import forward_flops
+from miniplm.models.flops import forward_flops, model_flops, without_weights
 from miniplm.models.load import new_model
+from miniplm.recipe import GivenModel, ServerModel
 
 V, D, LAYERS, HEADS, FFN = 96, 32, 3, 4, 80
 BATCH = 2
@@ -85,3 +87,19 @@ def test_a_text_shorter_than_a_chunk_is_a_chunk_by_itself() -> None:
         model = new_model(config, 0)
     assert forward_flops(model, 10) - forward_flops(model, 9) == LAYERS * (N + INNER)
     assert forward_flops(model, 1000) == forward_flops(model, 256)
+
+
+@pytest.mark.parametrize("family", ["llama, tied", "gpt_neox"])
+def test_a_model_without_weights_has_the_same_parameters_and_operations(family: str, tmp_path: Path) -> None:
+    model = new_model(TRANSFORMERS[family], 0)
+    model.save_pretrained(tmp_path)
+    given = GivenModel(model=str(tmp_path))
+    shape = without_weights(given)
+    assert shape is not None
+    assert shape.device.type == "meta"
+    assert shape.num_parameters() == model.num_parameters()
+    assert model_flops(given, 33) == forward_flops(shape, 33) == forward_flops(model, 33)
+
+
+def test_nothing_is_known_of_a_model_behind_a_server() -> None:
+    assert without_weights(ServerModel(server="http://localhost:1/v1", model="m")) is None

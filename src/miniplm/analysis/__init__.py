@@ -1,1 +1,1 @@
-"""Analysis: figures about scores, selections and what they cost, from numbers alone."""
+"""Analysis: figures about scores, selections, their texts, loss curves, seeds, and what all of it costs."""

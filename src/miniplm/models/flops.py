@@ -80,6 +80,17 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def model_flops(model: ScoredModel, sequence_length: int) -> float | None:
     """Operations of a forward pass per predicted token, from the config alone; None for a model behind a server."""
+    shape = without_weights(model)
+    return None if shape is None else forward_flops(shape, sequence_length)
+
+
+def without_weights(model: ScoredModel) -> PreTrainedModel | None:
+    """A given model on the meta device, from its config alone; None for a model behind a server.
+
+    Raises:
+        ModelError: it is neither a folder nor to be had from the Hub.
+
+    """
     if isinstance(model, ServerModel):
         return None
     given = model if isinstance(model, GivenModel) else GivenModel(model=model.vllm, revision=model.revision)
@@ -88,4 +99,5 @@ def model_flops(model: ScoredModel, sequence_length: int) -> float | None:
     revision = None if folder.is_dir() else hub_commit(given)
     config = AutoConfig.from_pretrained(str(folder) if folder.is_dir() else given.model, revision=revision, **trusted)
     with torch.device("meta"):
-        return forward_flops(AutoModelForCausalLM.from_config(config, **trusted), sequence_length)
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(config, **trusted)
+    return made
