@@ -27,11 +27,14 @@ if TYPE_CHECKING:
     from miniplm.pipeline.learning import train as train
     from miniplm.pipeline.learning import train_proxy as train_proxy
     from miniplm.pipeline.library import drift as drift
-    from miniplm.pipeline.library import evaluate as evaluate
     from miniplm.pipeline.library import prepare as prepare
     from miniplm.pipeline.library import sample as sample
     from miniplm.pipeline.library import score as score
     from miniplm.pipeline.library import select as select
+    from miniplm.pipeline.measuring import evaluate as evaluate
+    from miniplm.pipeline.measuring import evaluate_documents as evaluate_documents
+    from miniplm.pipeline.measuring import evaluate_tasks as evaluate_tasks
+    from miniplm.pipeline.measuring import pack_documents as pack_documents
     from miniplm.recipe import Compute as Compute
     from miniplm.recipe import GivenModel as GivenModel
     from miniplm.recipe import ServerModel as ServerModel
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from miniplm.sampling.baselines import ReferenceDifficulty as ReferenceDifficulty
     from miniplm.sampling.baselines import TeacherPreference as TeacherPreference
     from miniplm.sampling.difference import DifferenceSampling as DifferenceSampling
+    from miniplm.sampling.difference import RelativeSampling as RelativeSampling
     from miniplm.scoring.base import Scores as Scores
     from miniplm.scoring.base import open_scores as open_scores
     from miniplm.scoring.proxy import Proxy as Proxy
@@ -60,17 +64,21 @@ _HOME = {
     "Proxy": "scoring.proxy",
     "RandomSampling": "sampling.baselines",
     "ReferenceDifficulty": "sampling.baselines",
+    "RelativeSampling": "sampling.difference",
     "Scores": "scoring.base",
     "Selection": "sampling.base",
     "ServerModel": "recipe",
     "TeacherPreference": "sampling.baselines",
     "VllmModel": "recipe",
     "drift": "pipeline.library",
-    "evaluate": "pipeline.library",
+    "evaluate": "pipeline.measuring",
+    "evaluate_documents": "pipeline.measuring",
+    "evaluate_tasks": "pipeline.measuring",
     "generate": "pipeline.learning",
     "open_corpus": "packing.prepare",
     "open_packed": "packing.instances",
     "open_scores": "scoring.base",
+    "pack_documents": "pipeline.measuring",
     "prepare": "pipeline.library",
     "retokenize": "pipeline.learning",
     "sample": "pipeline.library",

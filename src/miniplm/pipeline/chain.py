@@ -23,10 +23,12 @@ from miniplm.artifact import Identity
 from miniplm.corpus import builtin
 from miniplm.corpus.sources import Documents, open_documents
 from miniplm.evaluation import evaluate as evaluating
+from miniplm.evaluation import tasks as asking
 from miniplm.models.load import model_fingerprint, tokenizer_fingerprint
 from miniplm.packing import prepare as preparing
 from miniplm.packing import repack as retokenizing
 from miniplm.packing import sample as sampling
+from miniplm.packing.documents import identity as documents_identity
 from miniplm.packing.instances import Packed, open_packed, packed_identity
 from miniplm.packing.tokenizer import load as load_tokenizer
 from miniplm.pipeline.engines import engine_of
@@ -40,7 +42,9 @@ from miniplm.pipeline.stages import (
     open_made,
     open_selected,
     open_whole,
+    pack_set,
     retokenize_rows,
+    run_tasks,
     sample_pool,
     score_part,
     score_with_proxy,
@@ -54,6 +58,7 @@ from miniplm.recipe import (
     Recipe,
     SamplerSettings,
     ScoredModel,
+    TaskSettings,
     TrainSettings,
     VllmModel,
 )
@@ -231,14 +236,44 @@ def chain(recipe: Recipe, root: Path) -> Chain:
         made = stages.add(f"students/{name}", f"students/{name}", what, needs, make)
         models[name] = _Model.made_by(made, read_from.tokenizer)
 
-    if recipe.evaluate.held_out:
-        for name, measured in models.items():
-            how = rule.model_copy(update={"tokenizer": "own"}) if measured.reads_other_tokens else rule
-            what = evaluating.identity(held_out, measured.fingerprint, how, measured.tokenizer)
-            needs = ("prepare", *measured.stage)
-            make = partial(evaluate_model, open_held_out, measured.given, compute)
-            stages.add(f"evaluate/{name}", f"evaluations/{name}", what, needs, make)
+    for name, given in recipe.evaluate.models.items():
+        models[name] = _Model(model_fingerprint(given), given, (), tokenizer_fingerprint(given), True)
+    _measure(stages, models, part)
     return stages
+
+
+def _measure(
+    stages: Chain, models: Mapping[str, _Model], part: Callable[[str], tuple[str, Callable[[], Packed]]]
+) -> None:
+    """Every model on the held-out part, on each set of documents, and on the tasks."""
+    recipe, corpus = stages.recipe, stages["prepare"]
+    measured: list[tuple[str, str | None, str, tuple[str, ...], Callable[[], Packed]]] = []
+    if recipe.evaluate.held_out:
+        fingerprint, open_held_out = part("held_out")
+        measured.append(("evaluate", None, fingerprint, ("prepare",), open_held_out))
+    for name, settings in recipe.evaluate.documents.items():
+        documents, length = open_documents(settings, recipe.prepare.block_bytes), recipe.prepare.sequence_length
+        what = documents_identity(documents.fingerprint, corpus.identity.fingerprint, length, settings)
+        make: Make = partial(
+            pack_set, documents, lambda: preparing.open_corpus(corpus.path).tokenizer, length, settings
+        )
+        made = stages.add(f"documents/{name}", f"documents/{name}", what, ("prepare",), make)
+        measured.append((f"loss/{name}", name, what.fingerprint, (made.name,), partial(open_packed, made.path)))
+    for stage, documents_named, fingerprint, needs, opened in measured:
+        folder = "evaluations" if documents_named is None else f"evaluations/{documents_named}"
+        for name, model in models.items():
+            how = recipe.score.model_copy(update={"tokenizer": "own"}) if model.reads_other_tokens else recipe.score
+            what = evaluating.identity(fingerprint, model.fingerprint, how, model.tokenizer, documents_named)
+            make = partial(evaluate_model, opened, model.given, recipe.compute)
+            stages.add(f"{stage}/{name}", f"{folder}/{name}", what, (*needs, *model.stage), make)
+    if not recipe.evaluate.tasks:
+        return
+    tasks = TaskSettings.model_validate(recipe.evaluate.model_dump(include=set(TaskSettings.model_fields)))
+    for name, model in models.items():
+        if isinstance(model.given, GivenModel):  # a model behind a server or in vLLM answers no questions here
+            what = asking.identity(model.fingerprint, tasks)
+            make = partial(run_tasks, model.given, tasks, recipe.compute)
+            stages.add(f"tasks/{name}", f"tasks/{name}", what, model.stage, make)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,6 @@ from miniplm.artifact import read as read_artifact
 from miniplm.corpus import builtin as builtin_corpus
 from miniplm.corpus.sources import open_documents
 from miniplm.errors import RecipeError
-from miniplm.evaluation import evaluate as evaluating
-from miniplm.evaluation.evaluate import Evaluation
 from miniplm.models.load import model_fingerprint, tokenizer_fingerprint
 from miniplm.packing import prepare as preparing
 from miniplm.packing import sample as sampling
@@ -147,11 +145,9 @@ def score(
 
     """
     compute = compute or Compute()
-    settings = _score_settings(
-        dtype=dtype, counted=counted, documents=documents, tokenizer=tokenizer, quantize=quantize
-    )
-    fingerprint, make_scorer = _scorer(model, settings, compute)
-    what = scoring.identity(packed.fingerprint, fingerprint, settings, _own_tokenizer(model, settings))
+    settings = score_settings(dtype=dtype, counted=counted, documents=documents, tokenizer=tokenizer, quantize=quantize)
+    fingerprint, make_scorer = scorer_of(model, settings, compute)
+    what = scoring.identity(packed.fingerprint, fingerprint, settings, own_tokenizer_fingerprint(model, settings))
     return scoring.score(packed, make_scorer, Path(out), what, compute, engine_of(compute))
 
 
@@ -197,7 +193,7 @@ def drift(
     from miniplm.scoring.drift import drift as measure
     from miniplm.scoring.drift import usual_ways
 
-    settings = _score_settings(dtype=dtype, counted=counted, documents=documents, tokenizer=tokenizer)
+    settings = score_settings(dtype=dtype, counted=counted, documents=documents, tokenizer=tokenizer)
     chosen = _choice(normalize)
     ways = [*usual_ways(packed.sequence_length, settings), *also]
     return measure(
@@ -271,35 +267,15 @@ def select(
     return selection
 
 
-def evaluate(
-    model: AnyModel,
-    *,
-    held_out: Packed,
-    out: str | os.PathLike[str],
-    dtype: Precision = "bfloat16",
-    counted: Counted = "all",
-    tokenizer: Literal["packed", "own"] = "packed",
-    compute: Compute | None = None,
-) -> Evaluation:
-    """Measure a model on held-out instances: nats per token and bits per byte, per source and in all.
-
-    Arguments and errors are those of `score`. Printing the result shows the table.
-    """
-    compute = compute or Compute()
-    settings = _score_settings(dtype=dtype, counted=counted, tokenizer=tokenizer)
-    fingerprint, make_scorer = _scorer(model, settings, compute)
-    what = evaluating.identity(held_out.fingerprint, fingerprint, settings, _own_tokenizer(model, settings))
-    return evaluating.evaluate(held_out, make_scorer, Path(out), what, compute, engine_of(compute))
-
-
-def _score_settings(**settings: str) -> ScoreSettings:
+def score_settings(**settings: str) -> ScoreSettings:
+    """The settings of scoring, from arguments. Raises RecipeError that names the one that cannot be used."""
     try:
         return ScoreSettings.model_validate(settings)
     except ValidationError as error:
         raise refused(error) from error
 
 
-def _own_tokenizer(model: AnyModel, settings: ScoreSettings) -> str:
+def own_tokenizer_fingerprint(model: AnyModel, settings: ScoreSettings) -> str:
     """The fingerprint of a model's own tokenizer, if it is to be used and is not part of the model's."""
     if settings.tokenizer == "packed" or not isinstance(model, str | os.PathLike | ScoredModel):
         return ""
@@ -313,7 +289,8 @@ def _choice(normalize: str) -> Normalize:
         raise refused(error) from error
 
 
-def _scorer(model: AnyModel, settings: ScoreSettings, compute: Compute) -> tuple[str, scoring.ScorerFactory]:
+def scorer_of(model: AnyModel, settings: ScoreSettings, compute: Compute) -> tuple[str, scoring.ScorerFactory]:
+    """What a model is, and what makes its scorer."""
     from miniplm.scoring.load import load_scorer  # imports torch when it is called
 
     if isinstance(model, (str, os.PathLike)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from miniplm import artifact
 from miniplm.errors import ArtifactMissingError, RecipeError
 from miniplm.packing.prepare import counts_table
 from miniplm.pipeline.chain import Chain, Stage
-from miniplm.recipe import Recipe, TrainSettings
+from miniplm.recipe import TrainSettings
 from miniplm.scoring.base import throughput
 from miniplm.training import processes
 from miniplm.training.presets import preset
@@ -66,8 +66,13 @@ def run(stages: Chain, only: str | None = None, say: Callable[[str], None] = lam
     """
     chosen = _chosen(stages, only)
     if processes.leads():
-        write_recipe(stages.root, stages.recipe)
-    else:
+        write_text(stages.root, RECIPE, stages.recipe.resolved())
+    return make(stages, chosen, say)
+
+
+def make(stages: Chain, chosen: Container[str], say: Callable[[str], None]) -> list[Stage]:
+    """Make the chosen stages that are not there yet, in order, as `run` does; the recipe is not written."""
+    if not processes.leads():
         say = _say_nothing
     made = []
     for number, stage in enumerate(stages.values(), start=1):
@@ -96,13 +101,13 @@ def run(stages: Chain, only: str | None = None, say: Callable[[str], None] = lam
     return made
 
 
-def write_recipe(root: Path, recipe: Recipe) -> None:
-    """Write the resolved recipe into the run directory."""
+def write_text(root: Path, name: str, text: str) -> None:
+    """Write a file of text into the run directory: whole, or not at all."""
     with artifact.storage(root):
         root.mkdir(parents=True, exist_ok=True)
-        temporary = root / f"{RECIPE}.tmp"
-        temporary.write_text(recipe.resolved(), encoding="utf-8")
-        temporary.rename(root / RECIPE)
+        temporary = root / f"{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.rename(root / name)
 
 
 def _chosen(stages: Chain, only: str | None) -> set[str]:
@@ -120,8 +125,9 @@ def _progress_of(stages: Chain, stage: Stage) -> str:
     kind = stage.identity.kind
     if kind in {"scores", "evaluation"}:
         part = stages["prepare"].path / ("pool" if kind == "scores" else "held_out")
-        if "proxy/sample" in stage.needs:
-            part = stages["proxy/sample"].path
+        for packed in stage.needs:
+            if packed == "proxy/sample" or packed.startswith("documents/"):
+                part = stages[packed].path
         state = json.loads((part / "state.json").read_bytes())
         return f"{len(list(folder.glob('part-*.parquet')))} of {len(state['_data_files'])} shards"
     if kind == "packed":

@@ -15,7 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniplm.artifact import Identity, Manifest
-from miniplm.evaluation.evaluate import Evaluation, evaluate
+from miniplm.corpus.sources import Documents
+from miniplm.evaluation.evaluate import Evaluation, evaluate, score_settings
+from miniplm.evaluation.tasks import TaskResults, evaluate_tasks
+from miniplm.packing.documents import pack_documents
 from miniplm.packing.instances import Packed, open_packed
 from miniplm.packing.repack import retokenize
 from miniplm.packing.sample import sample
@@ -24,12 +27,14 @@ from miniplm.pipeline.engines import engine_of
 from miniplm.recipe import (
     Compute,
     Counted,
+    DocumentSetSettings,
     GenerateSettings,
     GivenModel,
     ProxySettings,
     RetokenizeSettings,
     ScoredModel,
     ScoreSettings,
+    TaskSettings,
     TrainSettings,
 )
 from miniplm.sampling.base import Pool, Sampler, open_selection, save
@@ -175,9 +180,26 @@ def select_rows(
     return save(out, what, selection)
 
 
+def pack_set(
+    documents: Documents,
+    open_tokenizer: Callable[[], Tokenizer],
+    sequence_length: int,
+    settings: DocumentSetSettings,
+    out: Path,
+    what: Identity,
+) -> Packed:
+    """Pack a set of documents to measure models on, under the corpus's tokenizer."""
+    return pack_documents(documents, open_tokenizer(), sequence_length, settings, out, what)
+
+
 def evaluate_model(
-    open_held_out: OpenPacked, model: ScoredModel, compute: Compute, out: Path, what: Identity
+    open_measured: OpenPacked, model: ScoredModel, compute: Compute, out: Path, what: Identity
 ) -> Evaluation:
-    """Measure a model on the held-out part."""
-    make_scorer = partial(load_scorer, model, ScoreSettings.model_validate(what.recipe), compute)
-    return evaluate(open_held_out(), make_scorer, out, what, compute, engine_of(compute))
+    """Measure a model on the held-out part, or on a set of documents."""
+    make_scorer = partial(load_scorer, model, score_settings(what), compute)
+    return evaluate(open_measured(), make_scorer, out, what, compute, engine_of(compute))
+
+
+def run_tasks(model: GivenModel, settings: TaskSettings, compute: Compute, out: Path, what: Identity) -> TaskResults:
+    """Put the questions of benchmarks to a model."""
+    return evaluate_tasks(model, settings, out, what, compute)
