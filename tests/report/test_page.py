@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib
 import pytest
+from analysis_findings import NOTHING, analyses, effect_shares
 
 from miniplm.report import figures, page, summary
 from miniplm.report.training import students_csv
@@ -127,7 +128,7 @@ def student(name: str, data: str, loss: float, tokens: int = 1998848) -> dict[st
 def comparison(name: str, difference: float, verdict: str) -> dict[str, Any]:
     return {
         "student": name, "control": "control", "unit": "nats per token", "difference": difference, "se": 0.011,
-        "bits_difference": 0.5 * difference, "instances": 972, "verdict": verdict, "same_loss": None,
+        "bits_difference": 0.5 * difference, "instances": 972, "verdict": verdict,
     }  # fmt: skip
 
 
@@ -201,10 +202,9 @@ RETOKENIZED = {
 
 
 def full_findings() -> dict[str, Any]:
-    same_loss = {"control_tokens": 2000000, "student_tokens": 1700000, "ratio": 1.18, "note": "1.7M of 2.0M tokens"}
     parts = ("documents", "text_bytes", "tokens_in", "tokens_out", "leftover_tokens", "instances")
     return {
-        "schema": 3,
+        "schema": 4,
         "name": "quickstart",
         "students": [
             student("miniplm", "difference", 5.118),
@@ -212,8 +212,12 @@ def full_findings() -> dict[str, Any]:
             student("control", "random", 5.17),
         ],
         "models": [model("teacher", 2.31), model("reference", 5.6)],
+        "others": [
+            dict.fromkeys(("loss", "loss_se"))
+            | {"name": "theirs", "bits_per_byte": 1.25, "bits_per_byte_se": 0.01, "by_source": []}
+        ],
         "comparisons": [
-            comparison("miniplm", -0.052, "better") | {"same_loss": same_loss},
+            comparison("miniplm", -0.052, "better"),
             comparison("ranked", -0.01, "within noise"),
         ],
         "scores": {
@@ -232,12 +236,16 @@ def full_findings() -> dict[str, Any]:
         ],
         "generated": [],
         "retokenized": [],
-        "effects": {
+        "effects": effect_shares()
+        | {
             "easy_dropped": [example("MIT licence"), example("same again")],
             "hard_kept": [example("def f(x):\n    return x")],
             "noisy_dropped": [],
+            "borderline": [example("between the two") | {"place": 1500, "kept": True}],
             "notes": {"noisy_dropped": "no instance scored below 0"},
         },
+        **analyses(),
+        "proxy": None,
         "corpus": {
             "documents": 2019, "empty": 3, "malformed": 0, "undecodable": 1, "sequence_length": 256, "vocab_size": 4096,
             "parts": {"pool": dict.fromkeys(parts, 1234567), "held_out": dict.fromkeys(parts, 89)},
@@ -294,10 +302,13 @@ def harmless() -> Document:
 def empty(findings: dict[str, Any]) -> dict[str, Any]:
     lists = {key: [] for key, value in findings.items() if isinstance(value, list)}
     effects: dict[str, Any] = {"easy_dropped": [], "hard_kept": [], "noisy_dropped": [], "notes": {}}
-    return findings | lists | {"scores": None, "effects": effects, "versions": {}, "recipe": ""}
+    return findings | lists | NOTHING | {"scores": None, "effects": effects, "versions": {}, "recipe": ""}
 
 
-FIXED = ("verdict", "role", "normalize", "within", "sampler", "unit", "kind", "match", "tokenizer")
+FIXED = (
+    "verdict", "role", "normalize", "within", "sampler", "unit", "kind", "match", "tokenizer", "windows", "end_of",
+    "read_from", "effect", "more_diverse", "metric",
+)  # fmt: skip
 METHODS = ("next_token", "vanilla_kd", "minillm")
 
 
@@ -308,22 +319,27 @@ def with_text(value: Any, change: Callable[[str], str], key: str = "") -> Any:
     if isinstance(value, list):
         return [with_text(one, change, key) for one in value]
     if isinstance(value, dict):
-        free_keys = key in ("versions", "parts")
-        return {change(name) if free_keys else name: with_text(one, change, name) for name, one in value.items()}
+        free_keys = key in ("versions", "parts", "notes") and "noisy_dropped" not in value
+        fixed = key if key in FIXED else ""  # all of what is in it
+        return {
+            change(name) if free_keys else name: with_text(one, change, fixed or name) for name, one in value.items()
+        }
     return value
 
 
 def test_every_part_of_the_full_page_is_there(findings: dict[str, Any]) -> None:
     document = parse(page.render(findings))
-    assert Counter(document.tags)["svg"] == 5
+    assert Counter(document.tags)["svg"] == 9
     assert set(document.svg_tags) <= SVG_TAGS
     assert document.inside("title") == ["quickstart – MiniPLM report"]
-    assert document.inside("article", "pre") == ["MIT licence", "same again", "def f(x):\n    return x"]
+    assert document.inside("article", "pre") == [
+        "MIT licence", "same again", "def f(x):\n    return x", "between the two",
+    ]  # fmt: skip
     assert "name: quickstart\n" in document.inside("details", "pre")
     words = document.words()
     for expected in (
         "5.118 ± 0.030", "−0.052 ± 0.011", "within noise", "1.33M", "1 min 45 s", "1.6 × 10¹³",
-        "0.98 epochs", "42.0%", "19k", "1.7M of 2.0M tokens",
+        "0.98 epochs", "42.0%", "19k", "place 1,500, kept",
         "no instance scored below 0", "1,234,567", "1.3% are below 0", "ab12ab12ab12", "resumed", "torch 2.13.0",
         "one seed per student", "± is one standard error", "1,500 of 3,000",
     ):  # fmt: skip
@@ -333,13 +349,13 @@ def test_every_part_of_the_full_page_is_there(findings: dict[str, Any]) -> None:
 def test_figures_show_the_names_and_numbers(findings: dict[str, Any]) -> None:
     document = parse(page.render(findings))
     drawn = {text for path, text in document.text if "svg" in path and text.strip()}
-    assert {"miniplm  5.493", "control  5.545", "threshold 1.25", "torch", "1.7M", "random: 50% of all"} <= drawn
+    assert {"miniplm  5.493", "control  5.545", "threshold 1.25", "torch", "random: 50% of all"} <= drawn
 
 
 def test_tables_and_figures_are_described(findings: dict[str, Any]) -> None:
     document = parse(page.render(findings))
     tags = Counter(document.tags)
-    assert tags["table"] == tags["caption"] == 7
+    assert tags["table"] == tags["caption"] == 18
     scopes = [value for tag, name, value in document.attributes if (tag, name) == ("th", "scope")]
     assert len(scopes) == tags["th"]
     assert set(scopes) == {"col", "row", "rowgroup"}
@@ -470,7 +486,7 @@ def test_the_headline_follows_the_verdicts(
 
 def test_the_headline_without_a_control_claims_nothing(findings: dict[str, Any]) -> None:
     students = [one | {"control": None} for one in findings["students"]]
-    html = page.render(findings | {"students": students, "comparisons": []})
+    html = page.render(findings | {"students": students, "comparisons": [], "documents": []})
     assert headline_of(html).startswith("No student has a control")
     assert headline_of(html).endswith("this run cannot say whether the selection helps.")
     words = parse(html).words()
@@ -597,13 +613,13 @@ def test_names_in_figures_are_drawn_as_they_are(findings: dict[str, Any], name: 
 
 def test_control_characters_become_visible(findings: dict[str, Any]) -> None:
     findings["effects"]["hard_kept"] = [example("\x1b[31m \x00 \u202e \x7f \ud800 a\r\nb \u0645\u06cc\u200c\u062e")]
-    shown = parse(page.render(findings)).inside("article", "pre")[-1]
+    shown = parse(page.render(findings)).inside("article", "pre")[-2]
     assert shown == "␛[31m ␀ ⟨U+202E⟩ ⟨U+007F⟩ ⟨U+D800⟩ a\nb \u0645\u06cc\u200c\u062e"
 
 
 def test_leading_newlines_of_an_example_survive(findings: dict[str, Any]) -> None:
     findings["effects"]["hard_kept"] = [example("\n\n  x")]
-    assert parse(page.render(findings)).inside("article", "pre")[-1] == "\n\n  x"
+    assert parse(page.render(findings)).inside("article", "pre")[-2] == "\n\n  x"
 
 
 def test_the_page_refers_to_nothing_outside(findings: dict[str, Any]) -> None:
@@ -656,7 +672,7 @@ def test_training_loss_is_there_where_held_out_loss_was_not_measured(findings: d
         for point in one["curve"]:
             point["held_out_loss"] = None
         one["curve"][0]["cross_entropy"] = None
-    document = parse(page.render(findings))
+    document = parse(page.render(findings | {"scaling": None}))
     drawn = {text for path, text in document.text if "svg" in path}
     assert "cross entropy on the training text" in drawn
     assert "held-out loss" not in drawn
@@ -669,7 +685,7 @@ def test_many_students_and_sources(findings: dict[str, Any]) -> None:
     findings["students"] = [student(f"student {n}", "difference", 5 + n / 100) for n in range(19)] + findings[
         "students"
     ][2:]
-    document = parse(page.render(findings | {"comparisons": []}))
+    document = parse(page.render(findings | {"comparisons": [], "scaling": None, "agreement": None}))
     drawn = Counter(text for path, text in document.text if path[-1:] == ("text",))
     assert sum(text.startswith("source ") for text in drawn) == figures.SOURCES_SHOWN
     assert sum(text.startswith("selection ") for text in drawn) == figures.SELECTIONS_SHOWN

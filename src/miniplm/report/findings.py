@@ -1,7 +1,8 @@
 """What a finished run found, gathered from its artifacts into plain JSON types: `report.json`, and what the page shows.
 
-Nothing is measured here: figures come from manifests, scores, evaluations and loss curves. What is said of models and
-students is gathered in `training.py`, of the data made for them in `made_data.py`.
+No model is asked here: figures come from manifests, scores, evaluations and loss curves. What is said of models and
+students is gathered in `training.py`, of the data made for them in `made_data.py`, on documents and tasks in
+`benchmarks.py`, by the analyses in `analysis.py`.
 """
 
 from __future__ import annotations
@@ -16,40 +17,32 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from miniplm import artifact
-from miniplm.analysis.agreement import agreement
+from miniplm.analysis.agreement import agreement, by_chance
+from miniplm.analysis.effects import Effects, effects
+from miniplm.analysis.examples import examples, neighbours
 from miniplm.evaluation.evaluate import open_evaluation
 from miniplm.packing.instances import Packed, open_packed
 from miniplm.packing.prepare import open_corpus
 from miniplm.packing.sample import pool_rows
 from miniplm.pipeline.chain import Chain, Stage
+from miniplm.report import analysis, benchmarks
 from miniplm.report.made_data import generated, retokenized
-from miniplm.report.training import comparisons, scoring_model, student
+from miniplm.report.training import comparisons, losses, scoring_model, student
 from miniplm.sampling.base import open_selection
 from miniplm.sampling.difference import differences
-from miniplm.scoring.base import Normalize, Scores, open_scores
+from miniplm.scoring.base import Normalize, open_scores
 from miniplm.scoring.proxy import FIGURES, HELD_OUT
 
-SCHEMA = 3  # of the findings; a report of another schema is made anew
+SCHEMA = 4  # of the findings; a report of another schema is made anew
 HISTOGRAM_BINS = 80
-EXAMPLES = 3
-EXAMPLE_CHARACTERS = 700
 PAPER_PROXY = {
     "full_path": 2e20,  # 1.8B teacher, 104M reference, 100B tokens, by non-embedding parameters
     "proxy_path": 9e18,
     "saved": 0.95,
     "scores": {"without": 41.3, "with": 40.9},  # average of nine tasks, 200M student
-    "references": [
-        {"reference": "45M", "pearson": 0.743, "spearman": 0.774, "agreement": 0.806},
-        {"reference": "104M", "pearson": 0.826, "spearman": 0.840, "agreement": 0.874},
-        {"reference": "200M", "pearson": 0.856, "spearman": 0.879, "agreement": 0.895},
-    ],
 }
-"""What the paper printed: appendix E, and of Table 11 (appendix D.4) the reference's size, which is another quantity:
-how log p − log p_ref follows log p − log q of a 500M student, at ratio 0.5."""
+"""What the paper printed (appendix E)."""
 _QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-_EASY_NATS = (
-    1.5  # per token: an example of "easy and common" is one that the reference finds easier than this, if any is
-)
 
 
 def gather(stages: Chain) -> dict[str, Any]:
@@ -68,21 +61,29 @@ def gather(stages: Chain) -> dict[str, Any]:
     else:  # teacher and reference have seen a sample of the pool only
         instances, normalize = open_packed(stages["proxy/sample"].path), proxy["normalize"]
         rows, difference = pool_rows(instances), scores["difference"].per("token")
-    kept = _kept(stages, len(corpus.pool))
+    selection = analysis.plain_difference(recipe)
+    kept = _kept(stages, selection, len(corpus.pool))
+    found = effects(scores["teacher"], scores["reference"], None if kept is None else kept[rows], normalize=unit)
+    scaling = analysis.scaling(students)
     return {
         "schema": SCHEMA,
         "name": recipe.name,
         "students": students,
         "models": [scoring_model(stages, role, evaluations.get(role), tokenizer) for role in ("teacher", "reference")],
+        "others": [{"name": name, **losses(evaluations.get(name), tokenizer)} for name in recipe.evaluate.models],
         "comparisons": comparisons(students, evaluations),
+        "documents": benchmarks.documents(stages, tokenizer),
+        "tasks": benchmarks.tasks(stages),
+        "scaling": scaling,
         "scores": _score_histogram(difference, normalize),
         "proxy": proxy,
         "selections": [_selection(stages, name, stage) for name, stage in stages.within("select")],
         "generated": generated(stages),
         "retokenized": retokenized(stages),
-        "effects": _effects(
-            instances, rows, scores["teacher"], scores["reference"], unit, None if kept is None else kept[rows]
-        ),
+        "effects": _effects(found, instances, rows, selection),
+        "agreement": analysis.agreements(recipe, students, evaluations),
+        "diversity": analysis.diversity(stages, corpus.pool),
+        "cost": analysis.cost(stages, scaling),
         "corpus": dict(corpus.manifest.counts),
         "stages": [_stage(stage, stages) for stage in stages.values()],
         "recipe": recipe.resolved(),
@@ -104,8 +105,7 @@ def _proxy(stages: Chain) -> dict[str, Any] | None:
                 "selection": name,
                 "ratio": settings.ratio,
                 "agreement": agreement(true, predicted, settings.ratio),
-                "by_chance": settings.ratio**2
-                + (1 - settings.ratio) ** 2,  # of rankings that know nothing of each other
+                "by_chance": by_chance(settings.ratio),
             }
             for name, settings in stages.recipe.select.items()
             if settings.sampler == "difference"
@@ -170,87 +170,22 @@ def _selection(stages: Chain, name: str, stage: Stage) -> dict[str, Any]:
     }
 
 
-def _kept(stages: Chain, instances: int) -> NDArray[np.bool_] | None:
-    """Which instances the recipe's plain Difference Sampling kept, `[N]`; None if the recipe has none."""
-    for name, settings in stages.recipe.select.items():
-        if settings.sampler == "difference" and settings.within is None:
-            kept = np.zeros(instances, np.bool_)
-            kept[open_selection(stages[f"select/{name}"].path).rows] = True
-            return kept
-    return None
+def _kept(stages: Chain, selection: str | None, instances: int) -> NDArray[np.bool_] | None:
+    """Which instances of the pool a selection kept, `[N]`."""
+    if selection is None:
+        return None
+    kept = np.zeros(instances, np.bool_)
+    kept[open_selection(stages[f"select/{selection}"].path).rows] = True
+    return kept
 
 
-def _effects(
-    instances: Packed,
-    rows: NDArray[np.int64],
-    teacher: Scores,
-    reference: Scores,
-    unit: Normalize,
-    kept: NDArray[np.bool_] | None,
-) -> dict[str, Any]:
-    """Examples of the paper's three effects (section 2.2), from different sources where there are several.
-
-    Args:
-        instances: those that both models scored: the pool, or a sample of it.
-        rows: the row of the pool that each of them is.
-        teacher: scores of the instances.
-        reference: likewise.
-        unit: what log p is given per: bytes where the two have different tokenizers.
-        kept: which of them were selected.
-
-    """
-    score = differences(teacher, reference, unit)
-    if kept is None:
-        kept = score > np.median(score)
-    nats = -reference.per("token")
-    easy = np.lexsort((np.abs(score), nats > _EASY_NATS))  # both models fit it: score about 0, and easy if any is
-    hard = np.argsort(-score, kind="stable")
-    noisy = np.argsort(score, kind="stable")
-    noisy = noisy[(score[noisy] < 0) & ~kept[noisy]]
-
-    def examples(order: NDArray[np.int64]) -> list[dict[str, Any]]:
-        found = [_example(instances, teacher, reference, unit, int(row)) for row in _spread(order, teacher)]
-        return [{**example, "row": int(rows[example["row"]])} for example in found]
-
-    notes = {}
-    if not (nats[~kept] <= _EASY_NATS).any():
-        notes["easy_dropped"] = (
-            f"The reference finds no dropped instance easy (below {_EASY_NATS} nats per token): it is too small or was "
-            "trained too briefly. These are the ones on which the two models agree most."
-        )
-    if not len(noisy):
-        notes["noisy_dropped"] = "No instance that was dropped scored below 0."
+def _effects(found: Effects, instances: Packed, rows: NDArray[np.int64], selection: str | None) -> dict[str, Any]:
+    """The paper's three effects, of instances whose rows in the pool are `rows`, with examples; see `Effects`."""
     return {
-        "unit": unit,
-        "easy_dropped": examples(easy[~kept[easy] & (score[easy] >= 0)]),
-        "hard_kept": examples(hard[kept[hard]]),
-        "noisy_dropped": examples(noisy),
-        "notes": notes,
-    }
-
-
-def _spread(order: NDArray[np.int64], scores: Scores) -> list[int]:
-    """The first rows of an order that are of different sources, then of any, up to `EXAMPLES`."""
-    chosen: dict[int, int] = {}
-    for row in order[:2000]:
-        chosen.setdefault(int(scores.source[row]), int(row))
-        if len(chosen) == EXAMPLES:
-            break
-    first = list(chosen.values())
-    return (first + [int(row) for row in order[:EXAMPLES] if int(row) not in first])[:EXAMPLES]
-
-
-def _example(pool: Packed, teacher: Scores, reference: Scores, unit: Normalize, row: int) -> dict[str, Any]:
-    t, r = float(-teacher.per(unit)[row]), float(-reference.per(unit)[row])
-    text = pool.text(row)
-    return {
-        "row": row,
-        "source": pool.dataset[row]["source"],
-        "documents": pool.dataset[row]["documents"],
-        "text": text if len(text) <= EXAMPLE_CHARACTERS else text[:EXAMPLE_CHARACTERS] + " …",
-        "teacher": t,
-        "reference": r,
-        "score": r - t,
+        "kept_by": selection,
+        **found.as_dict(),
+        **examples(instances, found, rows=rows),
+        "borderline": neighbours(instances, found, rows=rows),
     }
 
 

@@ -18,9 +18,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from miniplm.analysis.cost import PAPER_COMPUTE_REDUCTION
+from miniplm.pipeline.cost_table import size
 from miniplm.recipe import MiniLLMSettings, NextTokenSettings
-from miniplm.report import figures
-from miniplm.report.figures import ABSENT
+from miniplm.report import analysis_figures, figures
+from miniplm.report.drawing import ABSENT, compact, power
 from miniplm.report.training import controls, objective_label, origin_label
 
 VERDICTS = ("better", "within noise", "worse")  # the best first
@@ -31,47 +33,67 @@ JOINERS = "\u200c\u200d"  # format characters that spelling and emoji need
 
 def render(findings: Mapping[str, Any]) -> str:
     """The report as one HTML document, from the findings that are also written as `report.json`."""
-    shown = _visible(findings)
+    shown = visible(findings)
     students, selections = shown["students"], shown["selections"]
     threshold, threshold_of = _threshold(shown)
     compared_with = controls(students)
-    environment = Environment(
+    return (
+        environment()
+        .get_template("page.html")
+        .render(
+            shown,
+            proxy=shown.get("proxy"),
+            css=style_sheet(),
+            headline=headline(shown),
+            controls=compared_with,
+            compared={one["student"]: one for one in shown["comparisons"]},
+            foreign=[one["name"] for one in students if one["own_tokenizer"]],
+            trained=[one for one in shown["models"] if one["objective"]],
+            **_held_out_figures(students, compared_with),
+            **_training_figures(students, compared_with),
+            **{name: safe(svg) for name, svg in analysis_figures.drawn(shown, compared_with).items()},
+            histogram=safe(figures.score_histogram(shown["scores"], threshold)),
+            threshold_of=threshold_of,
+            shares=safe(figures.share_kept(selections)),
+            share_rows=_by_source(selections),
+            loss_rows=_by_source([*students, *shown["models"], *shown["others"]]),
+            cost_of={one["stage"]: one for one in (shown["cost"] or {}).get("stages", ())},
+            paper_compute_reduction=PAPER_COMPUTE_REDUCTION,
+            figure_limits={"sources": figures.SOURCES_SHOWN, "selections": figures.SELECTIONS_SHOWN},
+        )
+    )
+
+
+def environment() -> Environment:
+    """Where templates are found, and the filters that they use; everything that they show is escaped."""
+    found = Environment(
         loader=PackageLoader("miniplm", "report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    found.filters |= {
         "amount": amount,
-        "compact": figures.compact,
+        "compact": compact,
         "count": "{:,}".format,
         "duration": duration,
+        "interval": interval,
         "percent": "{:.1%}".format,
+        "percent_whole": "{:.0%}".format,
         "plus_minus": plus_minus,
         "objective": objective_label,
         "origin": origin_label,
-        "power": figures.power,
+        "power": power,
+        "size": size,
+        "students": students_needed,
     }
-    return environment.get_template("page.html").render(
-        shown,
-        proxy=shown.get("proxy"),
-        css=_markup((resources.files("miniplm") / "report" / "page.css").read_text(encoding="utf-8")),
-        headline=headline(shown),
-        controls=compared_with,
-        compared={one["student"]: one for one in shown["comparisons"]},
-        foreign=[one["name"] for one in students if one["own_tokenizer"]],
-        trained=[one for one in shown["models"] if one["objective"]],
-        **_held_out_figures(students, compared_with),
-        **_training_figures(students, compared_with),
-        same_loss=_markup(figures.tokens_to_same_loss(shown["comparisons"])),
-        histogram=_markup(figures.score_histogram(shown["scores"], threshold)),
-        threshold_of=threshold_of,
-        shares=_markup(figures.share_kept(selections)),
-        share_rows=_by_source(selections),
-        loss_rows=_by_source([*students, *shown["models"]]),
-        figure_limits={"sources": figures.SOURCES_SHOWN, "selections": figures.SELECTIONS_SHOWN},
-    )
+    return found
+
+
+def style_sheet() -> Markup:
+    """The style sheet of every page."""
+    return safe((resources.files("miniplm") / "report" / "page.css").read_text(encoding="utf-8"))
 
 
 def headline(findings: Mapping[str, Any]) -> Markup:
@@ -136,6 +158,19 @@ def plus_minus(value: float | None, error: float | None, *, sign: bool = False) 
     return f"{amount(value, places, sign=sign)} ± {amount(error, places)}"
 
 
+def interval(measured: Mapping[str, float | None], places: int = 3, endless: str = ABSENT) -> str:
+    """`0.609 to 0.725`: the ends of an interval, one that is infinite as `endless`."""
+    ends = (measured["low"], measured["high"])
+    return " to ".join(endless if end is None else amount(end, places) for end in ends)
+
+
+def students_needed(count: float | None, otherwise: str = "never") -> str:
+    """`2.5`, `2,818`; `otherwise` where there is no such number."""
+    if count is None:
+        return otherwise
+    return f"{count:,.1f}" if count < 100 else f"{count:,.0f}"
+
+
 def duration(seconds: float | None) -> str:
     """`8.7 s`, `1 min 45 s`, `2 h 05 min`."""
     if seconds is None:
@@ -166,7 +201,7 @@ def _budget(findings: Mapping[str, Any], comparison: Mapping[str, Any]) -> str:
         for key in ("tokens", "flops")
     }
     if not equal["tokens"]:
-        tokens = f"{figures.compact(ours['tokens'])} training tokens against {figures.compact(theirs['tokens'])}"
+        tokens = f"{compact(ours['tokens'])} training tokens against {compact(theirs['tokens'])}"
         return f"At equal training operations, {tokens}" if equal["flops"] else f"With {tokens}"
     own = ", each of its own tokenizer" if ours["tokenizer"] != theirs["tokenizer"] else ""
     if equal["flops"] or not (ours["flops"] and theirs["flops"]):
@@ -188,8 +223,8 @@ def _held_out_figures(students: Sequence[Mapping[str, Any]], controls: Sequence[
     costs = [one["flops"] / one["tokens"] for one in students if one["flops"] and one["tokens"]]
     one_cost = not costs or math.isclose(min(costs), max(costs), rel_tol=1e-9)
     return {
-        "curves": _markup(figures.loss_curves(students, controls)),
-        "curves_by_flops": _markup("" if one_cost else figures.loss_curves(students, controls, against="flops")),
+        "curves": safe(figures.loss_curves(students, controls)),
+        "curves_by_flops": safe("" if one_cost else figures.loss_curves(students, controls, against="flops")),
         "flops_per_token": costs[0] if costs and one_cost else None,
     }
 
@@ -201,7 +236,7 @@ def _training_figures(students: Sequence[Mapping[str, Any]], controls: Sequence[
     for own, tokenizer in sorted({(one["own_tokenizer"], one["tokenizer"]) for one in drawn}):
         names = [one["name"] for one in drawn if one["tokenizer"] == tokenizer]
         svg = figures.loss_curves(students, controls, "cross_entropy", only=names)
-        found.append({"own": own, "names": names, "svg": _markup(svg)})
+        found.append({"own": own, "names": names, "svg": safe(svg)})
     kinds = {one["name"]: (one["objective"] or {}).get("name") for one in drawn}
     return {
         "training_curves": [one for one in found if one["svg"]],
@@ -224,14 +259,14 @@ def _by_source(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[s
     return {source: rows[source] for source in sorted(rows, key=lambda source: (-sizes[source], source))}
 
 
-def _visible(value: Any) -> Any:
+def visible(value: Any) -> Any:
     """The same value with every text in it, keys included, made safe to show."""
     if isinstance(value, str):
         return "".join(_sign(character) for character in value.replace("\r\n", "\n"))
     if isinstance(value, Mapping):
-        return {_visible(key): _visible(one) for key, one in value.items()}
+        return {visible(key): visible(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_visible(one) for one in value]
+        return [visible(one) for one in value]
     return value
 
 
@@ -244,6 +279,6 @@ def _sign(character: str) -> str:
     return f"⟨U+{ord(character):04X}⟩"
 
 
-def _markup(safe: str) -> Markup:
+def safe(safe: str) -> Markup:
     """Text of our own making that is HTML already: the style sheet and the figures."""
     return Markup(safe)  # noqa: S704

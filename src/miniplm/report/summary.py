@@ -1,4 +1,4 @@
-"""What is printed at the end of a run: the students, what their training took, and the data made for them.
+"""What is printed at the end of a run: the students, what their training took, the data made for them, the analyses.
 
 In: the findings, as in `report.json`. Out: lines for a terminal.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from miniplm.report.analysis import measured_reductions
 from miniplm.report.findings import proxy_lines
 from miniplm.report.training import controls, objective_label
 
@@ -26,7 +27,7 @@ def lines(findings: Mapping[str, Any]) -> list[str]:
     found.append(
         "operations (FLOP) with those of a teacher that is asked on the way; peak is this machine's in matrix products."
     )
-    return [*found, *_made(findings), *proxy_lines(findings)]
+    return [*found, *_made(findings), *proxy_lines(findings), *_analyses(findings)]
 
 
 def _results(findings: Mapping[str, Any]) -> list[str]:
@@ -85,8 +86,8 @@ def _costs(models: Sequence[Mapping[str, Any]]) -> list[str]:
     return found
 
 
-def _number(value: float | None, form: str) -> str:
-    return ABSENT if value is None else f"{value:,{form}}"
+def _number(value: float | None, form: str, absent: str = ABSENT) -> str:
+    return absent if value is None else f"{value:,{form}}"
 
 
 def _made(findings: Mapping[str, Any]) -> list[str]:
@@ -101,3 +102,77 @@ def _made(findings: Mapping[str, Any]) -> list[str]:
         f"tokenizer; {one['bytes_in']:,} bytes in, {one['bytes_out']:,} out"
         for one in findings["retokenized"]
     ]
+
+
+def _analyses(findings: Mapping[str, Any]) -> list[str]:
+    """What the analyses say of each student: a column for each that has something to say, then what they are."""
+    columns = {
+        **{one["name"]: _on_documents(one) for one in findings["documents"]},
+        "tasks": _on_tasks(findings["tasks"]),
+        "same decision": _agreements(findings["agreement"]),
+        "compute reduction": _reductions(findings["scaling"]),
+        "break-even": _break_even(findings["cost"]),
+    }
+    columns = {title: cells for title, cells in columns.items() if cells}
+    names = [one["name"] for one in findings["students"] if any(one["name"] in cells for cells in columns.values())]
+    if not names:
+        return []
+    table = [
+        ["student", *columns],
+        *([name, *(cells.get(name, ABSENT) for cells in columns.values())] for name in names),
+    ]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    notes = {
+        "tasks": "tasks: the average accuracy; another than the paper's where tasks are missing.",
+        "same decision": "same decision: of the reference and of this student, each in its turn, in what to keep.",
+        "compute reduction": "compute reduction: the control's operations over the student's to the same loss.",
+        "break-even": "break-even: students that repay the offline part, against Vanilla KD / against pre-training.",
+    }
+    return ["", *lines, *(note for title, note in notes.items() if title in columns)]
+
+
+def _on_documents(documents: Mapping[str, Any]) -> dict[str, str]:
+    """The loss of each model, as the paper counts it where each instance is a document."""
+    found = {}
+    for one in documents["models"]:
+        metric = "nats_per_token_by_document" if documents["windows"] == "first" else "nats_per_token"
+        unit = "nats/token"
+        if one["own_tokenizer"]:
+            metric, unit = "bits_per_byte", "bits/byte"
+        found[one["model"]] = f"{_number(one[metric], '.4f')} {unit}"
+    return found
+
+
+def _on_tasks(tasks: Mapping[str, Any] | None) -> dict[str, str]:
+    averages = {one["model"]: one["average"] for one in tasks["models"]} if tasks else {}
+    return {
+        model: f"{one['value']:.1%}" + ("" if one["se"] is None else f" ± {one['se']:.1%}")
+        for model, one in averages.items()
+        if one is not None
+    }
+
+
+def _agreements(agreement: Mapping[str, Any] | None) -> dict[str, str]:
+    rows = agreement["students"] if agreement else ()
+    return {one["student"]: f"{one['agreement']['value']:.1%} (by chance {one['by_chance']:.1%})" for one in rows}
+
+
+def _reductions(scaling: Mapping[str, Any] | None) -> dict[str, str]:
+    return {
+        student: "{} ({} to {})".format(*(_number(one["ratio"][end], ".2f", "∞") for end in ("value", "low", "high")))
+        for student, one in measured_reductions(scaling).items()
+    }
+
+
+def _break_even(cost: Mapping[str, Any]) -> dict[str, str]:
+    found = {}
+    for one in cost["break_even"]:
+        here = "not measured"
+        if one["here"] is not None:
+            value, fewest, most = (
+                _number(one["here"]["against_pretraining"][end], ".1f", "never") for end in ("value", "high", "low")
+            )
+            here = f"{value} ({fewest} to {most})" if fewest != most else value
+        found[one["student"]] = f"{_number(one['against_vanilla_kd'], '.1f')} / {here}"
+    return found

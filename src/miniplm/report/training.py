@@ -1,8 +1,7 @@
 """What a finished run says of its trainings: what each model was, took and reached, and students against controls.
 
 In: the stages, all done. Out: plain JSON types. Figures come from manifests, provenance, loss curves and evaluations;
-two things are derived: how many tokens a control would need (read off the measured curves, linear in log tokens), and
-the difference of two models in bits per byte.
+one thing is derived: the difference of two models in bits per byte.
 
 Nats per token of different tokenizers are of different things. Where a model's tokenizer is not the corpus's, `loss` is
 None and it is compared in bits per byte. A training loss is comparable only where it is a cross entropy on text: of
@@ -15,7 +14,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from math import exp, isfinite, log
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +171,6 @@ def comparisons(students: Sequence[Mapping[str, Any]], evaluations: Mapping[str,
                 "bits_difference": one["bits_per_byte"] - baseline["bits_per_byte"],
                 "instances": gap.n,
                 "verdict": gap.verdict,
-                "same_loss": _same_loss(one, baseline, gap.verdict),
             }
         )
     return found
@@ -195,22 +193,6 @@ def compare_bits(student: Scores, control: Scores) -> Difference:
         residual += sign * (bits - ratio * amount) / amount.mean()
     error = float(np.std(residual, ddof=1)) / len(student) ** 0.5 if len(student) > 1 else 0.0
     return Difference(value, error, len(student))
-
-
-def tokens_to_reach(curve: Sequence[Mapping[str, Any]], loss: float) -> float | None:
-    """Tokens at which a curve's held-out loss first was as low as `loss`; None if it never was.
-
-    Between two points the loss is taken to be linear in the logarithm of the tokens.
-    """
-    points = [(p["tokens"], p["held_out_loss"]) for p in curve if p.get("held_out_loss") is not None]
-    for number, (tokens, reached) in enumerate(points):
-        if reached <= loss:
-            if number == 0:
-                return float(tokens)
-            before_tokens, before = points[number - 1]
-            share = (before - loss) / (before - reached)
-            return exp(log(before_tokens) + share * (log(tokens) - log(before_tokens)))
-    return None
 
 
 def students_csv(findings: Mapping[str, Any]) -> str:
@@ -267,31 +249,6 @@ def curve_of(model: Path, settings: TrainSettings) -> list[Point]:
         whole = {**dict.fromkeys(_POINT), **point}
         found.append({name: value if value is None or isfinite(value) else None for name, value in whole.items()})
     return found
-
-
-def _same_loss(one: Mapping[str, Any], control: Mapping[str, Any], verdict: str) -> dict[str, Any] | None:
-    """Who needs how many tokens for the same held-out loss: the better one's curve is read at the other's last loss.
-
-    The curves are measured on fewer instances than the verdict; None where they do not agree with it.
-    """
-    finals = [c["held_out_loss"] for c in (one["curve"][-1], control["curve"][-1])]
-    if None in finals or one["tokens"] != control["tokens"]:
-        return None
-    if verdict != ("better" if finals[0] <= finals[1] else "worse"):
-        return None
-    total = float(control["tokens"])
-    if finals[0] <= finals[1]:
-        reached = tokens_to_reach(one["curve"], finals[1])
-        assert reached is not None
-        note = (
-            f"{one['name']} reached its control's final loss after {reached:,.0f} of {total:,.0f} tokens; "
-            f"to reach {one['name']}'s final loss the control needs more than it was given"
-        )
-        return {"control_tokens": total, "student_tokens": reached, "ratio": total / reached, "note": note}
-    reached = tokens_to_reach(control["curve"], finals[0])
-    assert reached is not None
-    note = f"the control reached {one['name']}'s final loss after {reached:,.0f} of {total:,.0f} tokens"
-    return {"control_tokens": reached, "student_tokens": total, "ratio": reached / total, "note": note}
 
 
 def objective_label(objective: Mapping[str, Any] | None) -> str:

@@ -6,13 +6,17 @@ They are views of the artifacts, made anew whenever they are out of date; a run 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from miniplm import artifact
-from miniplm.evaluation.evaluate import as_csv, open_evaluation
+from miniplm.evaluation.loss import as_csv
 from miniplm.pipeline.chain import Chain
+from miniplm.pipeline.study import Branch
+from miniplm.recipe import Study
+from miniplm.report.benchmarks import table_rows
 from miniplm.report.findings import SCHEMA, gather
 from miniplm.report.training import students_csv
 from miniplm.scoring.drift import Drift
@@ -29,13 +33,26 @@ def write_report(stages: Chain) -> Path:
     from miniplm.report.page import render  # matplotlib takes a second to import
 
     findings = gather(stages)
-    evaluations = {name: open_evaluation(stage.path) for name, stage in stages.within("evaluate")}
     with artifact.storage(stages.root):
-        _replace(stages.root / TABLE, as_csv(evaluations).encode())
+        _replace(stages.root / TABLE, as_csv(table_rows(stages)).encode())
         _replace(stages.root / STUDENTS, students_csv(findings).encode())
         _replace(page, render(findings).encode())
         _replace(stages.root / DATA, artifact.pretty_json(findings))  # last: it says what the others show
     return page
+
+
+def write_study(study: Study, branches: Sequence[Branch], root: Path) -> tuple[Path, list[str]]:
+    """Write `study.html`, `study.json` and `study.csv`; return the path of the page, and lines for the terminal."""
+    from miniplm.report import study as studies
+    from miniplm.report.study_page import render as render_study
+
+    findings = studies.gather(study, branches)
+    page = root / "study.html"
+    with artifact.storage(root):
+        _replace(root / "study.csv", studies.as_csv(findings).encode())
+        _replace(page, render_study(findings).encode())
+        _replace(root / "study.json", artifact.pretty_json(findings))
+    return page, studies.lines(findings)
 
 
 def write_drift(folder: Path, ways: Sequence[Drift]) -> Path:
@@ -48,6 +65,21 @@ def write_drift(folder: Path, ways: Sequence[Drift]) -> Path:
         _replace(folder / "drift.csv", drift_csv(ways).encode())
         _replace(folder / "drift.svg", drift_bars(rows).encode())
         _replace(folder / "drift.json", artifact.pretty_json(rows))
+    return folder
+
+
+def write_analysis(
+    folder: Path, name: str, found: Mapping[str, Any], table: Sequence[Mapping[str, Any]], svg: str = ""
+) -> Path:
+    """Write `<name>.json`, `<name>.csv` and, if there is a figure, `<name>.svg` into a folder; return it."""
+    from miniplm.report.tables import as_csv as table_csv
+
+    with artifact.storage(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(folder / f"{name}.csv", table_csv(table).encode())
+        if svg:
+            _replace(folder / f"{name}.svg", svg.encode())
+        _replace(folder / f"{name}.json", artifact.pretty_json(found))
     return folder
 
 
