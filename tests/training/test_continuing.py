@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny import BATCH, CONFIG, T, make_corpus, train
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import miniplm
 from miniplm import artifact
@@ -151,7 +151,7 @@ def test_models_are_kept_at_even_distances_and_are_those_of_their_step(trained: 
     assert found == pytest.approx([curve[step] for step in KEPT], abs=1e-4)
     assert found[0] > found[1] > found[2] > curve[STEPS]
     text = "the teacher reads"
-    ids = AutoTokenizer.from_pretrained(kept_at(trained.path, 5))(text)["input_ids"]
+    ids = PreTrainedTokenizerFast.from_pretrained(kept_at(trained.path, 5))(text)["input_ids"]
     assert ids == corpus.tokenizer.encode([text])[0].tolist()
     assert list(artifact.verify(trained.path)) == []
 

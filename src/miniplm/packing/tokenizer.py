@@ -158,7 +158,7 @@ class Tokenizer:
         return str(self.backend.id_to_token(token_id))
 
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`; `transformers.AutoTokenizer` reads the folder."""
+        """Write `tokenizer.json` and `tokenizer_config.json`, as `transformers.PreTrainedTokenizerFast` reads them."""
         folder.mkdir(parents=True, exist_ok=True)
         self.backend.encode_special_tokens = False
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")

@@ -63,7 +63,11 @@ def write_model(
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the tokenizer as `AutoTokenizer` reads it, its special tokens read as such."""
+    """Write the tokenizer as `PreTrainedTokenizerFast` reads it, its special tokens read as such.
+
+    `AutoTokenizer` of transformers 5 is no reader of it: to a `qwen2` model it gives Qwen2's own normaliser and
+    splitter, whatever the folder says (`MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS`). *Measured 2026-11-21, NOTES.md.*
+    """
     separator = tokenizer.token(tokenizer.separator)
     tokenizer.backend.encode_special_tokens = False
     PreTrainedTokenizerFast(
@@ -117,6 +121,13 @@ def card(
             f"{'Pre-trained' if start is None else 'Trained further'} by miniplm (MiniPLM, arXiv 2410.17215). What it",
             f"was made of is in `manifest.json`, its losses in `{CURVE}`.", "",
             "| | |", "|---|---|", *(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows), "",
+            "## Use", "",
+            "```python",
+            "from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast", "",
+            "model = AutoModelForCausalLM.from_pretrained(folder)",
+            "tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)  # as in training",
+            "```", "",
+            "(For Qwen2 models `AutoTokenizer` of transformers 5 splits text otherwise, whatever the folder says.)", "",
             "## Licence", "",
             f"{_cell(license_)}." if license_ else "Not stated by who trained it. The licences of data and teacher "
             "may bear on it.", "",
