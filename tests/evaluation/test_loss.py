@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from miniplm.evaluation.loss import ALL, Difference, Row, compare, losses
+from miniplm.errors import RecipeError
+from miniplm.evaluation.loss import ALL, Difference, Row, compare, loss_on, losses
 from miniplm.scoring.base import Scores, encode_sources
 
 
@@ -201,3 +202,11 @@ def test_measurements_on_different_instances_cannot_be_compared() -> None:
 def test_measurements_under_different_rules_for_what_counts_cannot_be_compared() -> None:
     with pytest.raises(ValueError, match="different"):
         compare(scores_of([-3.0, -4.0], [2, 2]), scores_of([-3.0, -4.0], [2, 3]))
+
+
+def test_the_loss_on_some_sources_is_theirs_together_and_a_source_that_is_not_there_is_named() -> None:
+    scores = scores_of([-10.0, -20.0, -6.0], [5, 8, 2], [20, 31, 9], ["web", "code", "books"])
+    assert loss_on(scores, ["web", "books"], "nats_per_token") == pytest.approx(16 / 7)
+    assert loss_on(scores, ["web", "books"], "bits_per_byte") == pytest.approx(16 / math.log(2) / 29)
+    with pytest.raises(RecipeError, match="no source 'law'"):
+        loss_on(scores, ["law"], "nats_per_token")

@@ -50,7 +50,7 @@ select:
 students:
   control: {{<<: *trained, data: random}}
   miniplm: {{like: control, data: difference}}
-evaluate: {{documents: {{web: {{files: "{folder}/web.jsonl"}}}}}}
+evaluate: {{documents: {{web: {{files: "{folder}/web.jsonl"}}}}, groups: {{two: [s0, s2]}}}}
 compute: {{device: cpu, checkpoints: 1, train_micro_batch: 8, report_to: none}}
 """
 STUDY = RECIPE + "seeds: [3, 5]\ngrid: {{select.difference.ratio: {{few: 0.25, half: 0.5}}}}\n"
@@ -248,6 +248,9 @@ def by_hand(made: Made, point: str, student: str, yardstick: str) -> dict[int, f
         }
         if yardstick == "mean of sources":
             found[seed] = sum(of.values()) / len(of)
+        elif yardstick == "two":
+            inside = [row for row, source in enumerate(scores.source_names) if source in ("s0", "s2")]
+            found[seed] = -sum(scores.logp[inside]) / sum(scores.n_tokens[inside])
         elif yardstick.startswith("held_out/"):
             found[seed] = of[yardstick.removeprefix("held_out/")]
         else:
@@ -256,7 +259,7 @@ def by_hand(made: Made, point: str, student: str, yardstick: str) -> dict[int, f
 
 
 def test_every_figure_is_that_worked_out_from_the_evaluations(made: Made, findings: dict[str, Any]) -> None:
-    yardsticks = ("held-out mixture", "mean of sources", "held_out/s0", "held_out/s1", "held_out/s2", "web")
+    yardsticks = ("held-out mixture", "two", "mean of sources", "held_out/s0", "held_out/s1", "held_out/s2", "web")
     assert {yardstick["name"] for yardstick in findings["yardsticks"]} == set(yardsticks)
     rows = {(row["point"], row["student"], row["yardstick"]): row for row in findings["rows"]}
     assert set(rows) == set(itertools.product(("ratio few", "ratio half"), STUDENTS, yardsticks))
@@ -316,7 +319,7 @@ def test_the_table_on_disk_has_every_number_of_the_terminal_and_all_rows(made: M
             half = float(row[value]) - float(row[low])
             cells |= {f"{float(row[value]):{sign}.4f}", f"{half:.4f}"}
     shown = [number for line in made.lines if "±" in line for number in re.findall(r"[-+]?\d+\.\d{4}", line)]
-    assert len(shown) == (2 + 4) * len(POINTS) * 3  # control and student on mixture, sources, web
+    assert len(shown) == (2 + 4) * len(POINTS) * 4  # control and student on mixture, group, sources, web
     assert set(shown) <= cells
     assert made.branches[0].variant.point[KEY] in " ".join(made.lines)
     assert artifact.find(made.root)

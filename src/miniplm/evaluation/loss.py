@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from miniplm.errors import RecipeError
 from miniplm.progress import printable
 from miniplm.scoring.base import Scores
 
@@ -113,6 +114,25 @@ def as_csv(models: Mapping[str, Iterable[Row]]) -> str:
     writer.writerow(["model", "dataset", "source", "metric", "value", "standard_error", "n"])
     writer.writerows([model, *row.as_dict().values()] for model, rows in models.items() for row in rows)
     return text.getvalue()
+
+
+def loss_on(scores: Scores, sources: Iterable[str], metric: str) -> float:
+    """The loss on some sources together, as `nats_per_token` or `bits_per_byte`.
+
+    Raises:
+        RecipeError: the instances have no such source.
+
+    """
+    wanted = list(sources)
+    if unknown := sorted(set(wanted) - set(scores.sources)):
+        raise RecipeError(
+            f"the instances have no source {printable(unknown[0])!r}.",
+            facts={"sources": printable(", ".join(scores.sources))},
+            remedy="Name sources of the held-out part in `evaluate.groups`.",
+        )
+    inside = np.isin(scores.source_names, wanted)
+    amount = scores.n_tokens if metric == "nats_per_token" else scores.n_bytes * np.log(2)
+    return float(-scores.logp[inside].sum() / amount[inside].sum())
 
 
 def compare(student: Scores, control: Scores) -> Difference:

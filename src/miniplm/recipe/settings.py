@@ -189,6 +189,9 @@ class EvaluateSettings(TaskSettings):
 
     held_out: bool = True
     documents: dict[Name, DocumentSetSettings] = Field({})
+    groups: dict[Name, list[str]] = Field(
+        {}, description="sources of the held-out part whose text counts together: a yardstick of studies"
+    )
     models: dict[Name, GivenModel] = Field({}, description="models of other people, for more rows of the tables")
 
     @field_validator("models", mode="before")
@@ -265,6 +268,8 @@ class Recipe(Settings):
             raise At(("students", role), "a student cannot have the name of a role; call it something else")
         for taken in {"teacher", "reference", *self.students} & self.evaluate.models.keys():
             raise At(("evaluate", "models", taken), "there is a model of this name; call it something else")
+        for taken in {"held_out", "average", *self.evaluate.documents} & self.evaluate.groups.keys():
+            raise At(("evaluate", "groups", taken), "tables have something else of this name; call it otherwise")
         for taken in {"held_out", "average", *self.evaluate.tasks} & self.evaluate.documents.keys():
             raise At(("evaluate", "documents", taken), "tables have something else of this name; call it otherwise")
         valid = ["pool"]

@@ -3,9 +3,9 @@
     branches (a seed, a point of the grid) × students × yardsticks ──► mean over seeds, difference from the control
 
 A yardstick is a number that a student has: the loss on the held-out mixture, the mean of its sources' losses (each
-counts the same), the loss on each source and on each set of documents, the accuracy on each task. The control is, at
-the same point and seed, the student of the same terms whose data chance chose. Branches that are not done are left out,
-and counted.
+counts the same), the loss on each source, on each group of sources (`evaluate.groups`) and on each set of documents,
+the accuracy on each task. The control is, at the same point and seed, the student of the same terms whose data chance
+chose. Branches that are not done are left out, and counted.
 
 Losses are in nats per token, or in bits per byte where students read different tokens.
 """
@@ -25,7 +25,7 @@ from miniplm import artifact
 from miniplm.analysis.seeds import Mean, mean_over_seeds, paired, verdict
 from miniplm.errors import ArtifactMissingError
 from miniplm.evaluation.evaluate import open_evaluation
-from miniplm.evaluation.loss import ALL, HELD_OUT
+from miniplm.evaluation.loss import ALL, HELD_OUT, loss_on
 from miniplm.evaluation.tasks import open_tasks
 from miniplm.pipeline.study import Branch
 from miniplm.progress import printable
@@ -44,7 +44,7 @@ _COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class Yardstick:
-    """Something that students are measured by; `kind` is mixture, sources, source, documents or task."""
+    """Something that students are measured by; `kind`: mixture, group, sources, source, documents, task."""
 
     name: str
     kind: str
@@ -155,13 +155,16 @@ def _figures(branch: Branch, student: str, metric: str) -> dict[Yardstick, float
                 lower = any(word in row.metric for word in _LOWER_IS_BETTER)
                 found[Yardstick(row.dataset, "task", row.metric, lower_is_better=lower)] = row.value
             continue
-        rows = [row for row in open_evaluation(stage.path).rows if row.metric == metric]
+        evaluation = open_evaluation(stage.path)
+        rows = [row for row in evaluation.rows if row.metric == metric]
         whole = next(row.value for row in rows if row.source == ALL)
         if kind == "loss":
             found[Yardstick(between[0], "documents", unit)] = whole
             continue
         of_sources = {row.source: row.value for row in rows if row.source != ALL}
         found[Yardstick(MIXTURE, "mixture", unit)] = whole
+        for group, sources in branch.variant.recipe.evaluate.groups.items():
+            found[Yardstick(group, "group", unit)] = loss_on(evaluation.scores, sources, metric)
         if len(of_sources) > 1:
             found[Yardstick(SOURCES, "sources", unit)] = float(np.mean(list(of_sources.values())))
             found |= {Yardstick(f"{HELD_OUT}/{s}", "source", unit): value for s, value in of_sources.items()}
