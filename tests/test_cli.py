@@ -25,7 +25,7 @@ from miniplm.recipe import load
 HOSTILE = "\x1b[31mred\x1b[0m <script>alert(1)</script> \u202e\x07"
 VERBS = (
     "plan", "cost", "run", "report", "study", "prepare", "score", "drift", "select", "generate", "retokenize", "train",
-    "eval", "agreement", "effects", "diversity", "scaling", "show", "verify",
+    "eval", "agreement", "effects", "diversity", "scaling", "data-reduction", "show", "verify",
 )  # fmt: skip
 
 RECIPE = """
@@ -699,8 +699,11 @@ def test_eval_puts_models_side_by_side_and_keeps_what_it_measured(
     out = succeed(*call)
     assert_harmless(out)
     assert out.splitlines()[0].split() == [model.name for model in models]
-    assert out.splitlines()[-1] == f"table: {tmp_path / 'out' / 'evaluations.csv'}"
-    written = json.loads((tmp_path / "out" / "evaluations.json").read_bytes())
+    legend = "± is one standard error."
+    assert out.splitlines()[-2:] == [legend, f"table: {tmp_path / 'out' / 'evaluations.csv'}"]
+    whole = json.loads((tmp_path / "out" / "evaluations.json").read_bytes())
+    written = whole.pop("rows")
+    assert whole == {"missing": {}, "notes": {}}
     expected = []
     for model in models:
         for of in ("held_out", "documents"):
@@ -722,6 +725,78 @@ def test_eval_puts_models_side_by_side_and_keeps_what_it_measured(
     before = times(tmp_path / "out" / models[0].name)
     assert succeed(*call, "--tokenizer", "packed") == out
     assert times(tmp_path / "out" / models[0].name) == before, "what is measured is not measured again"
+    one = ["eval", models[1], "--held-out", held_out, "--dtype", "float32", "--out", tmp_path / "out"]
+    assert succeed(*one).splitlines()[0].split() == [model.name for model in reversed(models)]
+    again = json.loads((tmp_path / "out" / "evaluations.json").read_bytes())["rows"]
+    assert sorted(map(str, again)) == sorted(map(str, written)), "a smaller call takes nothing from the table"
+
+
+def test_eval_puts_tasks_to_a_model_and_says_what_is_missing(
+    finished: Finished, tmp_path: Path, succeed: Callable[..., str]
+) -> None:
+    question = {"goal": "read", "sol1": "a text", "sol2": "a token", "label": 0}
+    science = {"question": "What?", "correct_answer": "a", "support": "", "label": 0}
+    science |= {f"distractor{number}": "b" for number in (1, 2, 3)}
+    for name, record in (("piqa/validation", question), ("sciq/validation", science)):
+        path = tmp_path / "benchmarks" / f"{name}.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text(f"{json.dumps(record)}\n" * 3)
+    model = finished.path("models/teacher")
+    out = succeed(
+        "eval", model, "--tasks", " paper, sciq ,", "--tasks-data", tmp_path / "benchmarks", "--limit", "2",
+        "--dtype", "float32", "--device", "cpu", "--out", tmp_path / "out",
+    )  # fmt: skip
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == ["piqa", "sciq"]
+    assert lines[3:5] == ["± is one standard error.", "2 questions each"]
+    assert "without storycloze_2018, whose examples are not there" in lines
+    assert "sciq: validation split, where the harness scores test" in lines
+    written = json.loads((tmp_path / "out" / "evaluations.json").read_bytes())
+    assert [row["n"] for row in written["rows"]] == [2, 2]
+    assert "storycloze_2018" in written["missing"][model.name]
+    assert written["notes"][model.name]["sciq"] == "validation split, where the harness scores test"
+    with (tmp_path / "benchmarks" / "piqa" / "validation.jsonl").open("a") as file:
+        file.write(json.dumps(question | {"goal": "write"}) + "\n")
+    other = finished.path("models/reference")
+    out = succeed(
+        "eval", other, "--tasks", "piqa", "--tasks-data", tmp_path / "benchmarks", "--limit", "2",
+        "--dtype", "float32", "--device", "cpu", "--out", tmp_path / "out",
+    )  # fmt: skip
+    unlike = [line for line in out.splitlines() if "other data" in line]
+    assert unlike == [f"piqa: other data or settings than those of {other.name} ({model.name})"]
+
+
+def test_eval_measures_a_sample_of_documents(
+    finished: Finished, tmp_path: Path, succeed: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("miniplm.scoring.huggingface.matmul_rate", lambda *_: 1e12)
+    model = finished.path("models/teacher")
+    succeed(
+        "eval", model, "--documents", finished.root.parent / "corpus" / "*.jsonl", "--sample", "7",
+        "--sequence-length", "32", "--dtype", "float32", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert len(open_evaluation(tmp_path / "out" / model.name / "documents").scores) == 7
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--documents", "x", "--counted", "nonsense"], "--counted bears only on --held-out, which is not given"),
+        (["--documents", "x", "--tokenizer", "own"], "--tokenizer bears only on --held-out"),
+        (["--held-out", "x", "--sample", "9"], "--sample bears only on --documents"),
+        (["--held-out", "x", "--tasks-data", "y"], "--tasks-data bears only on --tasks"),
+        (["--tasks", " ,"], "--tasks ' ,' names no task"),
+        (["--documents", "{corpus}/0.jsonl", "{corpus}/1.jsonl"], "quote the glob"),
+        (["--documents", "x", "{corpus}/nowhere"], "no such folder"),
+        ([], "nothing to measure on"),
+    ],
+)
+def test_eval_measures_nothing_where_something_given_cannot_be_meant(
+    given: list[str], message: str, finished: Finished, tmp_path: Path, fail: Callable[..., str]
+) -> None:
+    arguments = [text.format(corpus=finished.root.parent / "corpus") for text in given]
+    assert message in fail("eval", finished.path("models/teacher"), *arguments, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_rows_of_other_instances_are_refused_for_training(

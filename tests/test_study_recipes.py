@@ -12,6 +12,7 @@ import yaml
 
 from miniplm.errors import RecipeError
 from miniplm.recipe import Recipe, Study, load, load_study, parse, parse_study, recipes_of
+from miniplm.recipe.reading import variants_of
 
 RECIPE = """\
 schema: 1
@@ -184,7 +185,7 @@ def test_a_recipe_and_a_study_are_told_apart_with_the_verb_that_takes_them(tmp_p
     (tmp_path / "study.yaml").write_text(STUDY)
     with pytest.raises(RecipeError, match=r"(?s)study\.yaml is a study: it has `grid:`.*`miniplm study`"):
         load(tmp_path / "study.yaml")
-    with pytest.raises(RecipeError, match=r"(?s)it has `seeds:`.*`miniplm study`"):
+    with pytest.raises(RecipeError, match=r"(?s)it has `seeds:`.*`miniplm study`.*`miniplm cost`"):
         parse(RECIPE + "seeds: 2\n")
     with pytest.raises(RecipeError, match=r"(?s)plain\.yaml is no study.*`grid:`.*`seeds:`.*`miniplm run`"):
         load_study(tmp_path / "plain.yaml")
@@ -202,6 +203,9 @@ def test_a_recipe_and_a_study_are_told_apart_with_the_verb_that_takes_them(tmp_p
         ("refrence", "[{preset: x}]", ["unknown key `refrence`", "Did you mean `reference`?"]),
         ("students.miniplm.learning_rte", "[1]", ["unknown key `learning_rte`", "Did you mean `learning_rate`?"]),
         ("select.*.ratio", "[0.25, 1.5]", ["`select.difference.ratio` cannot be used", "1.5"]),
+        ("select.diference.ratio", "[0.25]", ["`select` has no `diference`", "Did you mean `difference`?"]),
+        ("select.nothing.ratio", "[0.25]", ["`select` has no `nothing`", "difference, random, chance"]),
+        ("students.minipl.tokens", "[5]", ["`students` has no `minipl`", "Did you mean `miniplm`?"]),
         ("reference.tokens", "[many]", ["`reference.tokens` cannot be used", "'many'"]),
         ("students.control.data", "[nobody]", ["`students.control.data`", "nobody"]),
         ("name.inner", "[1]", ["`name` is 'example'", "no keys"]),
@@ -305,3 +309,22 @@ def test_models_of_other_people_may_be_given_by_their_names_alone() -> None:
     assert [(one.model, one.revision) for one in recipe.evaluate.models.values()] == [
         ("some/model", None), ("./x", "main"),
     ]  # fmt: skip
+
+
+def test_below_an_entry_that_an_earlier_key_made_there_may_be_another_and_a_new_one_may_be_a_value() -> None:
+    found = study("grid:\n  select.new: {a: {sampler: random}}\n  select.new.ratio: [0.1, 0.2]\n").variants
+    assert [one.recipe.select["new"].ratio for one in found] == [0.1, 0.2]
+    message = refused("grid: {evaluate.documents.wb.documents: [1]}\nevaluate: {documents: {web: {files: x}}}\n")
+    assert "`evaluate.documents` has no `wb`" in message
+    assert "Did you mean `web`?" in message
+
+
+def test_a_variant_says_what_tells_it_from_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(STUDY)
+    name, found = variants_of(path)
+    assert (name, found) == ("example", list(parse_study(STUDY).variants))
+    assert found[5].place == {"seed": "1", "select.*.ratio": "0.25", "reference": "same"}
+    path.write_text(RECIPE)
+    ((only,),) = (variants_of(path)[1],)
+    assert (only.place, only.recipe) == ({}, parse(RECIPE))

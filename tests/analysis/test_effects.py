@@ -15,7 +15,7 @@ from miniplm.analysis.effects import EFFECTS, Effects, effects
 from miniplm.analysis.examples import EXAMPLE_CHARACTERS, examples, neighbours
 from miniplm.errors import ArtifactMismatchError, RecipeError
 from miniplm.packing.instances import Packed
-from miniplm.sampling.base import top_k
+from miniplm.sampling.base import Pool, Selection, top_k
 from miniplm.scoring.base import Scores, encode_sources
 
 HOSTILE = "</script><b onclick=x>\x00\x1b[31m \u202e {{ 7 * 7 }} %s <|endoftext|> \U0001f600"
@@ -111,6 +111,18 @@ def test_shares_are_counts_of_the_pool_of_sources_and_of_what_was_kept() -> None
         assert {name: part[name] for name in EFFECTS} == {
             name: sum(named[row] == name for row in rows) / len(rows) for name in EFFECTS
         }
+
+
+def test_a_selection_is_taken_if_it_is_of_these_instances() -> None:
+    teacher, reference = random_scores()
+    rows = np.arange(0, 200, 3)
+    kept = effects(teacher, reference, Selection.of_rows(rows, Pool.of(teacher))).kept
+    assert kept is not None
+    assert np.flatnonzero(kept).tolist() == rows.tolist()
+    for other, n in (("other", 200), (teacher.packed, 100), (teacher.packed, 300)):
+        selection = Selection.of_rows(np.arange(n - 10, n), Pool(other, np.zeros(n, np.int32), ("s",)))
+        with pytest.raises(ArtifactMismatchError, match="selection is of other instances"):
+            effects(teacher, reference, selection)
 
 
 def test_nothing_is_said_of_a_selection_that_nobody_made_or_of_an_effect_that_is_not_there() -> None:

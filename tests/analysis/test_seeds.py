@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from miniplm.analysis.seeds import Mean, mean_over_seeds, paired, verdict
+from miniplm.analysis.seeds import Mean, mean_over_seeds, paired, verdict, widened
 from miniplm.errors import RecipeError
 
 
@@ -79,7 +79,8 @@ def mean(value: float, half: float) -> Mean:
         (mean(-0.3, 0.4), "within noise", "within noise"),
         (mean(0.3, 0.3), "within noise", "within noise"),
         (mean(0.0, 0.0), "within noise", "within noise"),
-        (mean(-0.1, 0.0), "better", "worse"),
+        (mean(-0.1, 0.0), "within noise", "within noise"),  # seeds that happen to agree prove nothing
+        (mean_over_seeds([0.3 - 0.2, 0.4 - 0.3]), "within noise", "within noise"),  # equal but for rounding
         (Mean(-9.0, None, None, None, 1), "one seed", "one seed"),
     ],
 )
@@ -94,3 +95,38 @@ def test_of_two_ways_that_are_the_same_one_in_twenty_seems_to_differ() -> None:
     verdicts = [verdict(paired(ours, control), lower_is_better=True) for ours, control in runs]
     for word in ("better", "worse"):
         assert abs(verdicts.count(word) / 2000 - 0.025) < 4 * math.sqrt(0.025 * 0.975 / 2000)
+
+
+def test_equal_differences_of_tasks_are_as_uncertain_as_their_questions() -> None:
+    """Two seeds, both 2 questions of 100 better: an interval of no width until the questions count."""
+    gap = paired({0: 0.42, 1: 0.47}, {0: 0.40, 1: 0.45})
+    errors = [(0.05, 0.05), (0.03, 0.04)]
+    found = widened(gap, errors)
+    half = 1.959964 * (math.sqrt(0.005) + 0.05) / 2
+    assert (found.value, found.half) == pytest.approx((0.02, half))
+    assert (gap.half, found.high) == pytest.approx((0.0, 0.02 + half))
+    assert (found.deviation, found.seeds) == (gap.deviation, gap.seeds)
+    assert verdict(found, lower_is_better=False) == "within noise"
+    assert verdict(widened(gap, [(0.005, 0.005)] * 2), lower_is_better=False) == "better"
+
+
+def test_both_errors_add_as_squares_and_one_seed_has_no_interval_to_widen() -> None:
+    gap = mean_over_seeds([0.1, 0.2, 0.3])
+    assert gap.half is not None
+    assert widened(gap, [(0.3, 0.4)] * 3).half == pytest.approx(math.hypot(gap.half, 1.959964 * 0.5))
+    assert widened(gap, []) == gap
+    assert widened(mean_over_seeds([0.1]), [(0.3, 0.4)]) == Mean(0.1, None, None, None, 1)
+
+
+def test_two_models_alike_in_nothing_but_skill_are_seldom_told_apart() -> None:
+    """Answers of 200 questions at 40 %, two seeds: seeds alone say 'differs' where they happen to agree."""
+    draw = np.random.default_rng(3)
+    questions, told = 200, 0
+    for ours, theirs in draw.binomial(questions, 0.4, (1000, 2, 2)) / questions:
+        errors = [
+            (math.sqrt(a * (1 - a) / questions), math.sqrt(b * (1 - b) / questions))
+            for a, b in zip(ours, theirs, strict=True)
+        ]
+        found = widened(paired(dict(enumerate(ours)), dict(enumerate(theirs))), errors)
+        told += verdict(found, lower_is_better=False) != "within noise"
+    assert told / 1000 < 0.05

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conftest import write_jsonl
-from miniplm import artifact
+from miniplm import artifact, cli
 from miniplm.artifact import Identity
 from miniplm.errors import ModelError
 from miniplm.models.flops import forward_flops, without_weights
@@ -18,10 +21,10 @@ from miniplm.pipeline import estimates as estimating
 from miniplm.pipeline import measured as measuring
 from miniplm.pipeline import sizes
 from miniplm.pipeline.chain import Chain, chain
-from miniplm.pipeline.cost_table import as_csv, duration, lines, operations, size
+from miniplm.pipeline.cost_table import as_csv, brief, duration, lines, operations, published, published_lines, size
 from miniplm.pipeline.costs import Costs, StageCost, costs, together
 from miniplm.pipeline.run import run
-from miniplm.recipe import GivenModel, parse
+from miniplm.recipe import GivenModel, parse, parse_study
 
 T = 31
 MODEL = (
@@ -231,6 +234,99 @@ def test_a_set_of_documents_is_at_most_so_many_whole_instances(folder: Path) -> 
     assert teacher.flops is not None
     assert teacher.flops / (7 * T) == (twice.flops or 0) / (twice.tokens or 1)
     assert teacher.guessed
+
+
+def test_documents_that_are_read_whole_are_guessed_by_their_bytes_until_they_are_packed(folder: Path) -> None:
+    text = folder / "whole.jsonl"
+    write_jsonl(text, 40, seed=7)
+    more = f"evaluate: {{documents: {{others: {{files: {text}, windows: all}}}}}}\n"
+    stages = laid_out(folder, "whole", RECIPE + more)
+    guessed = by_name(costs(stages, measure=False))
+    for name in ("documents/others", "loss/others/teacher"):
+        assert guessed[name].tokens == text.stat().st_size // 4
+        assert guessed[name].basis == "guessed"
+    assert guessed["loss/others/teacher"].flops is not None
+    assert guessed["documents/others"].disk_bytes is not None
+    run(stages, "prepare")
+    run(stages, "documents")
+    counts = artifact.read(stages["documents/others"].path).counts
+    counted = by_name(costs(stages, measure=False))["loss/others/teacher"]
+    assert counted.tokens == counts["tokens_out"] - counts["instances"]
+    assert counted.basis == "estimated"
+
+
+def test_a_study_tells_equal_names_in_one_line_and_its_stages_apart_in_the_table(folder: Path) -> None:
+    text = RECIPE + STUDENTS + "seeds: [3, 5]\ngrid: {select.difference.ratio: {few: 0.25, half: 0.5}}\n"
+    found = parse_study(text.replace("FILES", str(folder / "text.jsonl"))).variants
+    each = [costs(chain(one.recipe, folder / "nothing"), measure=False) for one in found]
+    both = together(each, [one.place for one in found])
+    shown = lines(both)
+    assert both.runs == both.as_dict()["runs"] == 4
+    names = [line.split("  ")[0] for line in shown[2 : shown.index(shown[1], 2)]]
+    assert len(set(names)) == len(names)
+    assert {"prepare", "select/difference ×2", "students/control ×2", "students/miniplm ×4"} <= set(names)
+    (line,) = (line for line in shown if line.startswith("students/miniplm ×4"))
+    assert line.split()[2] == operations(4 * (by_name(each[0])["students/miniplm"].flops or 0))
+    assert any("The table is of all 4 runs" in line and "of the first" in line for line in shown)
+    assert not any("runs" in line for line in lines(each[0]))
+    rows = list(csv.DictReader(io.StringIO(as_csv(both))))
+    runs = {name: [row["runs"] for row in rows if row["stage"] == name] for name in {row["stage"] for row in rows}}
+    assert runs["prepare"] == runs["train/teacher"] == [""]
+    assert runs["select/difference"] == ["ratio few", "ratio half"]
+    assert runs["students/control"] == ["seed 3", "seed 5"]
+    assert runs["students/miniplm"] == [f"seed {seed}, ratio {ratio}" for seed in (3, 5) for ratio in ("few", "half")]
+
+
+def test_the_papers_sizes_give_the_papers_figures() -> None:
+    """Sections 2.4 and 3.4, footnote 2, appendices C and E, as printed."""
+    found = {row["name"]: row["value"] for row in published()}
+
+    def of(*words: str) -> float:
+        (value,) = (value for name, value in found.items() if all(word in name for word in words))
+        assert value is not None
+        return float(value)
+
+    assert of("teacher scores", "all parameters") == pytest.approx(3.6e20)
+    assert of("teacher scores", "without embeddings") == pytest.approx(2.4e20)
+    assert of("reference is trained on 5B") == pytest.approx(3.1e18, rel=0.01)
+    assert of("200M student is trained on 50B") == pytest.approx(6e19)
+    assert of("scores of 50B") == pytest.approx(195e6, rel=0.01)
+    assert of("distributions over 150K") == 30e15
+    offline = 3.6e20 + 2 * 104e6 * 100e9 + 6 * 104e6 * 5e9
+    assert of("offline") == pytest.approx(offline)
+    assert of("against Vanilla KD") == pytest.approx(offline / (2 * 1.8e9 * 50e9))
+    assert of("2.2 times", "500M") == pytest.approx(offline / (1.2 * 6 * 500e6 * 50e9))
+    shown = "\n".join(published_lines(published(1.0)))
+    assert "195 MB" in shown
+    assert " 30 PB" in shown
+    assert shown.count("never") == 3
+
+
+def test_the_papers_sizes_need_no_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, data = tmp_path / "t.csv", tmp_path / "t.json"
+    for arguments, code, words in (
+        (["--published", "--csv", str(table), "--json", str(data)], 0, "3.6e20"), ([], 1, "miniplm cost --published"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["cost", *arguments])
+        assert (ended.value.code or 0) == code
+        captured = capsys.readouterr()
+        assert words in captured.out + captured.err
+    assert json.loads(data.read_bytes())["published"] == published()
+    rows = csv.DictReader(table.read_text().splitlines())
+    assert [row["name"] for row in rows] == [row["name"] for row in published()]
+
+
+def test_less_than_a_second_and_never_are_put_in_words_that_can_be_read(before: Costs) -> None:
+    (cost,) = (replace(one, seconds=0.2) for one in before.stages if one.stage == "train/teacher")
+    unknown = replace(cost, stage="score/teacher", fingerprint="0" * 64, seconds=None)
+    one = replace(before.break_even[0], against_vanilla_kd=float("inf"), against_pretraining=4.44)
+    shown = lines(Costs.of([cost, unknown], [one], None, ""))
+    assert any("> 0 s" in line for line in shown)
+    assert not any("> <" in line for line in shown)
+    assert "~<" not in brief(cost)
+    assert " < 1 s" in brief(cost)
+    assert any("against Vanilla KD never, against plain pre-training by 4.4 (if" in line for line in shown)
 
 
 def test_the_terminal_and_the_tables_say_the_same(before: Costs) -> None:

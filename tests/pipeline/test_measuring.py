@@ -16,15 +16,16 @@ from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 import miniplm
 from conftest import write_jsonl
 from miniplm import artifact
-from miniplm.errors import ModelError, RecipeError
+from miniplm.errors import ArtifactDamagedError, ModelError, RecipeError
 from miniplm.evaluation.evaluate import open_evaluation
 from miniplm.evaluation.loss import Row
+from miniplm.evaluation.tasks import TaskResults
 from miniplm.packing import documents as packing
 from miniplm.packing import tokenizer as tokenizers
 from miniplm.packing.instances import open_packed
 from miniplm.packing.tokenizer import Tokenizer
 from miniplm.pipeline.chain import Chain, chain
-from miniplm.pipeline.measuring import folder_names, table, write_table
+from miniplm.pipeline.measuring import Measured, check_models, folder_names, measured, table, write_table
 from miniplm.pipeline.run import plan, run
 from miniplm.recipe import Compute, parse
 from miniplm.report.write import write_report
@@ -253,20 +254,36 @@ def test_the_same_model_twice_is_an_error_that_names_it(models: list[str]) -> No
         folder_names(models)
 
 
-ROWS = {
-    "one": (
-        Row("held_out", "all", "nats_per_token", 3.25, 0.0312, 100),
-        Row("held_out", HOSTILE, "nats_per_token", 3.0, None, 1),
+def test_what_is_no_model_is_found_before_any_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "1.jsonl").write_text("{}")
+    check_models(["Qwen/Qwen3-0.6B", "gpt2", str(tmp_path)])
+    with pytest.raises(ModelError, match=r"(?s)1.jsonl is no model.*found +a file\n.*quote the glob"):
+        check_models(["gpt2", str(tmp_path / "1.jsonl")])
+    for strange in (str(tmp_path / "nowhere"), "../nowhere", "a/b/c", HOSTILE):
+        with pytest.raises(ModelError, match=r"(?s)is no model.*found +no such folder"):
+            check_models([strange])
+
+
+ASKED = TaskResults(
+    Path("x"), (Row("piqa", "all", "acc_norm", 0.5, 0.0321, 5),), ("storycloze_2018",), {"piqa": "a note"}, 5
+)
+MEASURED = {
+    "one": Measured(
+        (
+            Row("held_out", "all", "nats_per_token", 3.25, 0.0312, 100),
+            Row("held_out", HOSTILE, "nats_per_token", 3.0, None, 1),
+        ), None, {"held_out": "these", "piqa": 1},
     ),
-    "a-model-with-a-long-name": (
-        Row("held_out", "all", "nats_per_token", 2.0, 0.01, 100),
-        Row("piqa", "all", "acc_norm", 0.5, 0.0321, 1838),
+    "a-model-with-a-long-name": Measured(
+        (Row("held_out", "all", "nats_per_token", 2.0, 0.01, 100), *ASKED.rows), ASKED,
+        {"held_out": "others", "piqa": 2},
     ),
-}
+}  # fmt: skip
 
 
 def test_the_table_has_models_side_by_side_and_a_dash_where_nothing_was_measured() -> None:
-    head, *lines = table(ROWS)
+    lines = table(MEASURED)
+    head, *lines = lines[: lines.index("± is one standard error.")]
     assert head.split() == ["one", "a-model-with-a-long-name"]
     assert [" ".join(line.split()) for line in lines] == [
         "held_out nats_per_token 3.2500 ± 0.0312 2.0000 ± 0.0100",
@@ -277,15 +294,76 @@ def test_the_table_has_models_side_by_side_and_a_dash_where_nothing_was_measured
     assert all(line.isprintable() for line in [head, *lines])
 
 
+def test_under_the_table_is_what_a_reader_has_to_know_each_thing_once() -> None:
+    lines = table(MEASURED)
+    who = "(a-model-with-a-long-name)"
+    assert lines[lines.index("± is one standard error.") + 1 :] == [
+        f"5 questions each {who}", f"without storycloze_2018, whose examples are not there {who}",
+        f"piqa: a note {who}", f"held_out: other data or settings than those of one {who}",
+        f"piqa: other data or settings than those of one {who}",
+    ]  # fmt: skip
+    asked = Measured(ASKED.rows, ASKED, {"tasks": "the same"})
+    assert table({"one": asked, "two": asked})[-3:] == list(ASKED.remarks)
+
+
 def test_the_table_on_disk_has_every_figure(tmp_path: Path) -> None:
-    write_table(tmp_path / "new" / "folder", ROWS)
-    expected = [{"model": model, **row.as_dict()} for model, rows in ROWS.items() for row in rows]
-    assert json.loads((tmp_path / "new" / "folder" / "evaluations.json").read_bytes()) == expected
+    write_table(tmp_path / "new" / "folder", MEASURED)
+    expected = [{"model": model, **row.as_dict()} for model, one in MEASURED.items() for row in one.rows]
+    last, unlike = list(MEASURED)[-1], "other data or settings than those of one"
+    assert json.loads((tmp_path / "new" / "folder" / "evaluations.json").read_bytes()) == {
+        "rows": expected,
+        "missing": {last: ["storycloze_2018"]},
+        "notes": {last: {"piqa": f"a note; {unlike}", "held_out": unlike}},
+    }
     with (tmp_path / "new" / "folder" / "evaluations.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows == [
         {key: "" if value is None else str(value) for key, value in one.items()} for one in expected
     ]  # fmt: skip
+
+
+def test_a_table_that_cannot_be_written_leaves_the_old_one_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_table(tmp_path, MEASURED)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {"evaluations.csv", "evaluations.json"}
+    write = Path.write_bytes
+
+    def dies_halfway(path: Path, content: bytes) -> int:
+        write(path, content[: len(content) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_bytes", dies_halfway)
+    with pytest.raises(KeyboardInterrupt):
+        write_table(tmp_path, {"one": MEASURED["one"]})
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+def test_all_that_is_finished_in_a_folder_is_in_its_table(made: Chain, given: Given, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    prepared = made["prepare"].path
+    shutil.copytree(prepared, tmp_path / "pile")  # its held_out is no evaluation
+    for model in ("teacher", "student"):
+        shutil.copytree(made[f"evaluate/{model}"].path, tmp_path / model / "held_out")
+    shutil.copytree(made["loss/web/teacher"].path, tmp_path / "teacher" / "documents.partial")
+    for model, sequence_length in ((given.ours, T), (given.other, T), (given.folder / "alike", 2 * T)):
+        if not model.exists():
+            shutil.copytree(given.ours, model)
+        miniplm.evaluate_documents(
+            model, given.web, out=tmp_path / model.name / "documents", sequence_length=sequence_length,
+            dtype="float32", compute=CPU,
+        )  # fmt: skip
+    found = measured(tmp_path, ["teacher", "ours"])
+    assert list(found) == ["teacher", "ours", "alike", "other", "student"]
+    assert found["teacher"].rows == open_evaluation(made["evaluate/teacher"].path).rows
+    assert found["teacher"].alike == found["student"].alike
+    assert found["ours"].alike == found["other"].alike, "of the same documents, each under its own tokenizer"
+    assert table(found)[-1] == "documents: other data or settings than those of ours (alike)"
+    (tmp_path / "student" / "held_out" / "evaluation.json").unlink()
+    with pytest.raises(ArtifactDamagedError):
+        measured(tmp_path)
 
 
 def test_documents_are_read_to_a_model_by_its_own_tokenizer(given: Given, tmp_path: Path) -> None:

@@ -224,8 +224,9 @@ def test_of_a_study_of_which_nothing_is_done_there_is_no_report(
 
 def test_run_takes_no_study_and_study_no_recipe(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for verb, path, words in (
-        ("run", made.path, "Run it with `miniplm study`."),
-        ("plan", made.path, "Run it with `miniplm study`."),
+        ("run", made.path, "Run it with `miniplm study`;"),
+        ("plan", made.path, "`miniplm cost` tells what it takes"),
+        ("plan", made.path, "Run it with `miniplm study`;"),
         ("study", made.recipe, "Run it with `miniplm run`."),
     ):
         with pytest.raises(SystemExit) as ended:
@@ -253,6 +254,8 @@ def by_hand(made: Made, point: str, student: str, yardstick: str) -> dict[int, f
             found[seed] = -sum(scores.logp[inside]) / sum(scores.n_tokens[inside])
         elif yardstick.startswith("held_out/"):
             found[seed] = of[yardstick.removeprefix("held_out/")]
+        elif yardstick == "web":  # the paper's: every document counts the same
+            found[seed] = np.mean([-logp / tokens for logp, tokens in zip(scores.logp, scores.n_tokens, strict=True)])
         else:
             found[seed] = -scores.logp.sum() / scores.n_tokens.sum()
     return found
@@ -269,7 +272,7 @@ def test_every_figure_is_that_worked_out_from_the_evaluations(made: Made, findin
         ours = by_hand(made, label, student, yardstick)
         theirs = by_hand(made, label, "control", yardstick)
         assert row["values"] == {str(seed): pytest.approx(value) for seed, value in ours.items()}
-        assert (row["seeds"], row["unit"]) == (2, "nats per token")
+        assert (row["seeds"], row["unit"]) == (2, "nats per token" + (" by document" if yardstick == "web" else ""))
         assert_mean([*ours.values()], row["mean"], row["low"], row["high"])
         assert row["deviation"] == pytest.approx(np.std([*ours.values()], ddof=1))
         if student == "control":
@@ -281,6 +284,20 @@ def test_every_figure_is_that_worked_out_from_the_evaluations(made: Made, findin
         assert_mean(gaps, row["difference"], row["difference_low"], row["difference_high"])
         noise = row["difference_low"] <= 0 <= row["difference_high"]
         assert row["verdict"] == ("within noise" if noise else "better" if row["difference"] < 0 else "worse")
+
+
+def test_points_are_compared_by_hand_and_what_no_point_changes_is_within_noise(
+    made: Made, findings: dict[str, Any]
+) -> None:
+    rows = {(row["student"], row["yardstick"]): row for row in findings["points"]}
+    assert len(rows) == len(findings["points"]) == 7 * len(STUDENTS)
+    for (student, yardstick), row in rows.items():
+        assert (row["point"], row["against"]) == ("ratio half", "ratio few")
+        half, few = (by_hand(made, point, student, yardstick) for point in ("half", "few"))
+        assert row["differences"] == {str(seed): pytest.approx(half[seed] - few[seed]) for seed in SEEDS}
+        assert_mean([half[s] - few[s] for s in SEEDS], row["difference"], row["difference_low"], row["difference_high"])
+        if student == "control":
+            assert (row["difference"], row["verdict"]) == (0.0, "within noise")
 
 
 def assert_mean(values: list[float], mean: float, low: float, high: float) -> None:
@@ -309,8 +326,8 @@ def test_the_models_and_selections_behind_it_are_told_once(made: Made, findings:
 def test_the_table_on_disk_has_every_number_of_the_terminal_and_all_rows(made: Made, findings: dict[str, Any]) -> None:
     with (made.root / "study.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
-    assert len(table) == len(findings["rows"])
-    for row, found in zip(table, findings["rows"], strict=True):
+    assert len(table) == len(findings["rows"]) + len(findings["points"])
+    for row, found in zip(table, [*findings["rows"], *findings["points"]], strict=True):
         assert row == {key: "" if found[key] is None else str(found[key]) for key in row}
     cells = set()
     for row in table:
@@ -319,7 +336,8 @@ def test_the_table_on_disk_has_every_number_of_the_terminal_and_all_rows(made: M
             half = float(row[value]) - float(row[low])
             cells |= {f"{float(row[value]):{sign}.4f}", f"{half:.4f}"}
     shown = [number for line in made.lines if "±" in line for number in re.findall(r"[-+]?\d+\.\d{4}", line)]
-    assert len(shown) == (2 + 4) * len(POINTS) * 4  # control and student on mixture, group, sources, web
+    at_points, between = (2 + 4) * len(POINTS), 2 * 2
+    assert len(shown) == (at_points + between) * 4  # control and student on mixture, group, sources, web
     assert set(shown) <= cells
     assert made.branches[0].variant.point[KEY] in " ".join(made.lines)
     assert artifact.find(made.root)

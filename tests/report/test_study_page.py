@@ -19,6 +19,7 @@ import matplotlib
 import pytest
 from scipy import stats
 from test_page import HOSTILE, SVG_TAGS, Document, headline_of, parse
+from test_page import full_findings as findings_of_a_run
 
 from miniplm import artifact
 from miniplm.artifact import Identity
@@ -28,6 +29,7 @@ from miniplm.pipeline.study import Branch
 from miniplm.recipe import Study, parse_study
 from miniplm.report import study as studies
 from miniplm.report import study_page as page
+from miniplm.report import summary
 
 RECIPE = """
 schema: 1
@@ -58,6 +60,10 @@ class MadeUp:
     done: Callable[[int | None, Mapping[str, str]], bool] = lambda *_: True
     documents: tuple[str, ...] = ("web",)
     tasks: tuple[str, ...] = ("piqa", "arc_easy")
+    error: float | None = None  # of each task, over its questions
+    by_document: float | None = None  # what the mean over documents has on top of the loss on them
+    missing: tuple[str, ...] = ()
+    notes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # of students
     rows: dict[Path, tuple[Row, ...]] = field(default_factory=dict)
     unfinished: set[Path] = field(default_factory=set)
 
@@ -75,11 +81,15 @@ class MadeUp:
                 *(row for of in SOURCES for row in _losses("held_out", of, figure(f"held_out/{of}"))),
             )
             for of in self.documents:
-                self.rows[self._path(number, f"loss/{of}/{student}")] = tuple(_losses(of, "all", figure(of)))
+                measured = _losses(of, "all", figure(of))
+                if self.by_document is not None:
+                    measured.append(Row(of, "all", f"{NATS}_by_document", figure(of) + self.by_document, 0.1, 9))
+                self.rows[self._path(number, f"loss/{of}/{student}")] = tuple(measured)
             if self.tasks:
                 names.append(f"tasks/{student}")
-                tasks = [Row(of, "all", "acc", figure(of), 0.01, 100) for of in self.tasks]
-                mean = Row("average", "all", "accuracy", sum(row.value for row in tasks) / len(tasks), 0.01, len(tasks))
+                tasks = [Row(of, "all", "acc", figure(of), self.error, 100) for of in self.tasks]
+                value = sum(row.value for row in tasks) / len(tasks)
+                mean = Row("average", "all", "accuracy", value, self.error, len(tasks))
                 self.rows[self._path(number, f"tasks/{student}")] = (*tasks, mean)
         for name in names:
             inputs = {"model": "m" * 64} if name.startswith("evaluate/") else {}
@@ -99,7 +109,13 @@ class MadeUp:
         counts = {"selected": 50, "of": 100, "by_source": {"code": [30, 40], "prose": [20, 60]}}
         with monkeypatch.context() as patch:
             patch.setattr(studies, "open_evaluation", lambda path: _Evaluation(self.rows[path]))
-            patch.setattr(studies, "open_tasks", lambda path: SimpleNamespace(rows=self.rows[path]))
+            patch.setattr(
+                studies,
+                "open_tasks",
+                lambda path: SimpleNamespace(
+                    rows=self.rows[path], missing=self.missing, notes=self.notes.get(path.name, {})
+                ),
+            )
             patch.setattr(artifact, "read", lambda _: SimpleNamespace(counts=counts))
             patch.setattr(artifact, "provenance", lambda _: {"versions": {"torch": "2"}, "platform": "here"})
             patch.setattr(artifact, "finished", lambda path, _: None if path in self.unfinished else path)
@@ -241,7 +257,7 @@ def test_one_seed_has_differences_without_intervals_or_verdicts(monkeypatch: pyt
         "On the held-out mixture, miniplm differs from control by −0.310 nats per token. "
         "One seed says nothing of others."
     )
-    assert "  miniplm  4.6900  1 seed  -0.3100  one seed" in studies.lines(found)
+    assert "  miniplm  4.6900  1 seed  -0.3100 against control  one seed" in studies.lines(found)
 
 
 def test_a_grid_without_seeds_has_one_run_at_each_point(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,8 +319,9 @@ def test_models_of_some_points_only_name_them(monkeypatch: pytest.MonkeyPatch) -
 def test_the_table_has_every_number_of_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     found = MadeUp(RECIPE + "seeds: 3\ngrid: {select.*.ratio: [0.25, 0.5]}\n", wobble).gather(monkeypatch)
     table = list(csv.DictReader(io.StringIO(studies.as_csv(found))))
-    assert len(table) == len(found["rows"])
-    for row, one in zip(table, found["rows"], strict=True):
+    rows = [*found["rows"], *found["points"]]
+    assert len(table) == len(rows)
+    for row, one in zip(table, rows, strict=True):
         assert row == {key: "" if one[key] is None else str(one[key]) for key in row}
     cells: set[str] = set()
     for row in table:
@@ -313,14 +330,15 @@ def test_the_table_has_every_number_of_the_terminal(monkeypatch: pytest.MonkeyPa
                 number = float(row[value])
                 cells |= {f"{number:{sign}.4f}", f"{number - float(row[low]):.4f}"}
     shown = [n for line in studies.lines(found) if "±" in line for n in re.findall(r"[-+]?\d+\.\d{4}", line)]
-    assert len(shown) == 6 * (2 + 4) * 2
+    assert len(shown) == 6 * ((2 + 4) * 2 + 2 * 2)  # at each of two points, and the second minus the first
     assert set(shown) <= cells
 
 
 def test_the_terminal_is_steered_by_no_name() -> None:
     found = full_findings()
-    for row in found["rows"]:
+    for row in [*found["rows"], *found["points"]]:
         row["point"] += "\x1b[31m\u202e"
+    found["tasks"]["notes"][0]["note"] += "\x1b[31m\u202e"
     assert all(line.isprintable() for line in studies.lines(found))
 
 
@@ -330,6 +348,94 @@ def test_a_study_without_students_is_told_too(monkeypatch: pytest.MonkeyPatch) -
     assert found["rows"] == []
     assert studies.lines(found)
     assert headline_of(page.render(found)).startswith("No student")
+
+
+def test_of_tasks_the_error_over_questions_counts_and_of_losses_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds that all find the same difference: of tasks it is no more certain than their questions are many."""
+    text = RECIPE + "seeds: 2\n"
+    for error, expected in ((0.2, "within noise"), (0.01, "better"), (None, "within noise")):
+        rows = by_key(MadeUp(text, shifted({"miniplm": 0.25}, noise=0.0), error=error).gather(monkeypatch))
+        for name in ("piqa", "average"):
+            row = rows["", "miniplm", name]
+            assert row["verdict"] == expected
+            half = 1.959964 * 2**0.5 * (error or 0.0)
+            assert (row["difference"], row["difference_high"]) == pytest.approx((0.25, 0.25 + half))
+        assert rows["", "miniplm", "web"]["verdict"] == "within noise", "no width is no verdict"
+        assert rows["", "miniplm", "web"]["difference_low"] == pytest.approx(0.25)
+
+
+def test_each_student_is_compared_with_itself_at_the_first_value_of_each_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = RECIPE + "seeds: [4, 7, 9]\ngrid: {select.*.ratio: [0.25, 0.5], reference.model: [r, s, t]}\n"
+    found = MadeUp(text, wobble).gather(monkeypatch)
+    points = {(one["point"], one["against"], one["student"], one["yardstick"]): one for one in found["points"]}
+    assert len(points) == len(found["points"])
+    pairs = [(("0.5", model), ("0.25", model)) for model in "rst"]
+    pairs += [((ratio, model), (ratio, "r")) for ratio in ("0.25", "0.5") for model in "st"]
+    label = "ratio {}, model {}".format
+    assert {key[:2] for key in points} == {(label(*point), label(*against)) for point, against in pairs}
+    for point, against in pairs:
+        ours, theirs = ({"select.*.ratio": one[0], "reference.model": one[1]} for one in (point, against))
+        for student in ("control", "miniplm"):
+            gaps = [wobble(s, ours, student, "web") - wobble(s, theirs, student, "web") for s in (4, 7, 9)]
+            one = points[label(*point), label(*against), student, "web"]
+            assert_interval(gaps, one["difference"], one["difference_low"], one["difference_high"])
+            noise = one["difference_low"] <= 0 <= one["difference_high"]
+            assert one["verdict"] == ("within noise" if noise else "better" if one["difference"] < 0 else "worse")
+            assert one["control"] is None
+            row = by_key(found)[label(*point), student, "web"]
+            assert (one["mean"], one["values"], row["against"]) == (row["mean"], row["values"], None)
+    shown = studies.lines(found)
+    heading = shown.index("  ratio 0.5, model r minus ratio 0.25, model r")
+    assert re.fullmatch(r"    control  [+-]\d\.\d{4} ± \d\.\d{4}  (within noise|better|worse)", shown[heading + 1])
+    assert "  ratio 0.5, model t" in shown
+    assert "  ratio 0.25, model t minus ratio 0.25, model r" in parse_lines(page.render(found))
+
+
+def parse_lines(html: str) -> str:
+    """The words of the page's table of points, with the terminal's word between point and other point."""
+    return re.sub(r"(ratio \S+ model \S+) (?=ratio)", r"  \1 minus ", parse(html).words())
+
+
+def test_without_a_grid_or_a_first_point_nothing_is_compared_with_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert MadeUp(RECIPE + "seeds: 2\n", wobble).gather(monkeypatch)["points"] == []
+    text = RECIPE + "seeds: 2\ngrid: {select.*.ratio: [0.25, 0.5, 0.75]}\n"
+    without_first = MadeUp(text, wobble, done=lambda _, point: point["select.*.ratio"] != "0.25")
+    found = without_first.gather(monkeypatch)
+    assert found["points"] == []
+    assert "Between points" not in page.render(found)
+
+
+def test_a_study_of_points_without_a_control_compares_the_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = MadeUp(WITHOUT_CONTROL + "seeds: 2\ngrid: {select.*.ratio: [0.25, 0.5]}\n", wobble).gather(monkeypatch)
+    html = page.render(found)
+    assert headline_of(html) == "No student of this study has a control; it compares points of its grid."
+    assert "Between points of the grid" in html
+
+
+def test_documents_whose_beginnings_are_read_count_as_the_paper_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = MadeUp(RECIPE + "seeds: 2\n", wobble, by_document=0.5)
+    row = by_key(made.gather(monkeypatch))["", "miniplm", "web"]
+    assert row["unit"] == "nats per token by document"
+    assert row["values"]["1"] == pytest.approx(0.5 + wobble(1, {}, "miniplm", "web"))
+    text = RECIPE.replace("students:", "retokenize: {theirs: {data: random, tokenizer: u}}\nstudents:")
+    made = MadeUp(text + "seeds: 2\n", wobble, by_document=0.5)
+    assert by_key(made.gather(monkeypatch))["", "miniplm", "web"]["unit"] == "bits per byte"
+
+
+def test_what_a_reader_of_tasks_has_to_know_is_said_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = {"control": {"piqa": "few"}, "miniplm": {"piqa": "few", "arc_easy": "cut"}}
+    found = MadeUp(RECIPE + "seeds: 2\n", wobble, missing=("storycloze_2018",), notes=notes).gather(monkeypatch)
+    assert found["tasks"] == {
+        "missing": ["storycloze_2018"],
+        "notes": [
+            {"task": "piqa", "note": "few", "students": ["control", "miniplm"]},
+            {"task": "arc_easy", "note": "cut", "students": ["miniplm"]},
+        ],
+    }
+    shown = studies.lines(found)
+    assert "tasks without storycloze_2018: no examples here; `average` is of the others." in shown
+    assert "piqa: few (control, miniplm)" in shown
+    assert "arc_easy : cut ( miniplm )" in parse(page.render(found)).words()
 
 
 def said(findings: Mapping[str, Any]) -> str:
@@ -343,7 +449,8 @@ def row(
     return {
         "point": point, "student": student, "yardstick": yardstick, "unit": unit, "seeds": 3, "mean": 5.0 + (gap or 0),
         "low": 4.9 + (gap or 0), "high": 5.1 + (gap or 0), "deviation": 0.04,
-        "values": {"0": 5.0, "1": 5.1, "2": 4.9}, "control": None if gap is None else "control", "difference": gap,
+        "values": {"0": 5.0, "1": 5.1, "2": 4.9}, "control": None if gap is None else "control", "against": None,
+        "difference": gap,
         "difference_low": None if gap is None else gap - half, "difference_high": None if gap is None else gap + half,
         "differences": {} if gap is None else {"0": gap, "1": gap + 0.01, "2": gap - 0.01}, "verdict": verdict,
     }  # fmt: skip
@@ -372,6 +479,15 @@ def full_findings(
             for point in ("ratio 0.25", "ratio 0.5") for student, (gap, verdict) in verdicts.items()
             for y in YARDSTICKS
         ],
+        "points": [
+            row(student, str(y["name"]), str(y["unit"]), -0.031, 0.012, "better", "ratio 0.5")
+            | {"against": "ratio 0.25", "control": None}
+            for student in verdicts for y in YARDSTICKS
+        ],
+        "tasks": {
+            "missing": ["storycloze_2018"],
+            "notes": [{"task": "piqa", "note": "3 requests lost their beginning", "students": ["miniplm"]}],
+        },
         "models": [
             {"role": "teacher", "point": "", "loss": 2.3}, {"role": "reference", "point": "ratio 0.5", "loss": 4.5},
         ],
@@ -412,7 +528,9 @@ def test_every_part_of_the_page_is_there() -> None:
         "6 of 6 runs; seeds 0, 1, 2.", "select.*.ratio : 0.25, 0.5", "miniplm · ratio 0.25",
         "4.926 ± 0.100 −0.074 ± 0.012 better", "accuracy, higher is better", "all 2.300", "ratio 0.5 4.500",
         "difference, ratio 0.25: 50% of all", "nats per token; better to the left", "accuracy; better to the right",
-        "torch 2.13.0", "name: sampling",
+        "torch 2.13.0", "name: sampling", "Between points of the grid",
+        "miniplm ratio 0.5 ratio 0.25 −0.031 ± 0.012 better",
+        "Tasks without storycloze_2018 :", "piqa : 3 requests lost their beginning ( miniplm )",
     ):  # fmt: skip
         assert expected in words, expected
     assert not {"None", "nan"} & set(words.split())
@@ -507,3 +625,20 @@ def test_figures_are_described_and_show_what_was_found() -> None:
     assert "miniplm · ratio 0.5 on held_out/code -0.074" in labels[1]
     drawn = {text for path, text in document.text if "svg" in path and text.strip()}
     assert {"miniplm · ratio 0.25", "held-out mixture", "web", "code", "prose"} <= drawn
+
+
+def test_a_run_says_how_well_the_other_models_do_a_line_each() -> None:
+    found = copy.deepcopy(findings_of_a_run())
+    asked = {one["model"]: one["average"] for one in found["tasks"]["models"]}
+    others = {**{one["role"]: one for one in found["models"]}, **{one["name"]: one for one in found["others"]}}
+    assert {"teacher", "reference"} <= others.keys()
+    assert set(others) & set(asked)
+    shown = summary.lines(found)
+    for name, one in others.items():
+        (line,) = (line for line in shown if line.startswith(f"{name}: "))
+        if one["loss"] is not None:
+            assert f"{one['loss']:.4f}" in line
+        if asked.get(name) is not None:
+            assert f"average accuracy {asked[name]['value']:.1%}" in line
+    found |= {"tasks": None, "models": [{"role": "teacher", "objective": None, "loss": None, "bits_per_byte": None}]}
+    assert "teacher: not measured" in summary.lines(found)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from miniplm.errors import ArtifactMismatchError, RecipeError
 from miniplm.packing.instances import Packed
+from miniplm.sampling.base import Selection
 from miniplm.sampling.difference import differences
 from miniplm.scoring.base import Normalize, Scores
 
@@ -130,7 +131,7 @@ class Effects:
 def effects(
     teacher: Scores,
     reference: Scores,
-    kept: NDArray[np.bool_] | None = None,
+    kept: Selection | NDArray[np.bool_] | None = None,
     *,
     normalize: Normalize = "token",
     easy_below: float = 0.5,
@@ -142,7 +143,7 @@ def effects(
     Args:
         teacher: scores of the instances.
         reference: of the same instances.
-        kept: which of them a selection kept, `[N]`.
+        kept: the selection, or which instances it kept, `[N]`.
         normalize: what a score is per; `byte` where the tokenizers differ.
         easy_below: an easy instance scores at most this multiple of the typical gain.
         hard_above: a hard one scores more than this multiple.
@@ -162,7 +163,9 @@ def effects(
             },
         )
     score = differences(teacher, reference, normalize)
-    if kept is not None and kept.shape != score.shape:
+    if isinstance(kept, Selection):
+        kept = _kept_by(kept, teacher)
+    elif kept is not None and kept.shape != score.shape:
         raise ArtifactMismatchError(
             "the selection is of other instances than the scores.",
             facts={"selection": f"{len(kept):,} instances", "scores": f"{len(score):,} instances  {teacher.name}"},
@@ -181,3 +184,19 @@ def effects(
         normalize, score, -teacher.per(normalize), loss, effect, bounds, kept,
         reference.source, reference.sources, reference.packed,
     )  # fmt: skip
+
+
+def _kept_by(selection: Selection, scores: Scores) -> NDArray[np.bool_]:
+    """Which instances a selection kept, `[N]`. Raises ArtifactMismatchError if it is of others than the scores."""
+    if selection.packed != scores.packed or selection.of != len(scores):
+        raise ArtifactMismatchError(
+            "the selection is of other instances than the scores.",
+            facts={
+                "selection": f"packed {selection.packed[:12]}  {selection.of:,} instances",
+                "scores": f"packed {scores.packed[:12]}  {len(scores):,} instances  {scores.name}",
+            },
+            remedy="Select from the scores of these instances.",
+        )
+    kept = np.zeros(len(scores), np.bool_)
+    kept[selection.rows] = True
+    return kept

@@ -3,12 +3,17 @@
 Runs with the same seed are pairs: they share the order of data and the first weights as far as they can. So the
 difference of two ways is taken seed by seed, and its interval is Student's over the seeds: mean ± t · s / √n. It speaks
 of other seeds of the same training on the same corpus and models, and of nothing else.
+
+An accuracy is a count of few questions, and equal differences of two or three seeds are common by chance: seeds alone
+would give an interval without width. So the differences of tasks are `widened` by the error over questions. That is
+conservative, for both models answer the same questions and a part of the error is in both.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -16,6 +21,7 @@ import numpy as np
 from miniplm.analysis.intervals import mean_of
 from miniplm.errors import RecipeError
 
+_NORMAL = 1.959964  # standard errors on either side that hold 95 in 100
 Verdict = Literal["better", "within noise", "worse", "one seed"]
 
 
@@ -59,10 +65,28 @@ def paired(ours: Mapping[int, float], control: Mapping[int, float]) -> Mean:
     return mean_over_seeds([ours[seed] - control[seed] for seed in sorted(ours.keys() & control.keys())])
 
 
+def widened(difference: Mean, errors: Sequence[tuple[float, float]]) -> Mean:
+    """A difference of tasks whose interval takes in the error over questions too; with one seed it has none to widen.
+
+    Added as squares: half of the interval over seeds, and half of that over questions, 1.96 · √(se² + se²) in the mean
+    over seeds. Conservative: the questions are the same, and are taken to be drawn anew for each of the two.
+
+    Args:
+        difference: paired by seed.
+        errors: for each seed the standard errors of both sides over their questions.
+
+    """
+    if difference.half is None or not errors:
+        return difference
+    of_questions = math.fsum(math.hypot(*pair) for pair in errors) / len(errors)
+    half = math.hypot(difference.half, _NORMAL * of_questions)
+    return replace(difference, low=difference.value - half, high=difference.value + half)
+
+
 def verdict(difference: Mean, *, lower_is_better: bool) -> Verdict:
-    """What the interval of a difference says; `within noise` if it holds 0."""
+    """What the interval of a difference says; `within noise` if it holds 0 or has no width (seeds alike by chance)."""
     if difference.low is None or difference.high is None:
         return "one seed"
-    if difference.low <= 0 <= difference.high:
+    if difference.low <= 0 <= difference.high or math.isclose(difference.low, difference.high, rel_tol=1e-9):
         return "within noise"
     return "better" if (difference.value < 0) == lower_is_better else "worse"

@@ -1,4 +1,4 @@
-"""Verbs of analyses: what scores, selections and loss curves say. With --out they leave JSON and CSV too."""
+"""Verbs of analyses: what scores, selections and loss curves say. With --out they leave JSON, CSV and figures too."""
 
 from __future__ import annotations
 
@@ -12,10 +12,17 @@ from miniplm.cli.app import app
 from miniplm.errors import RecipeError
 from miniplm.progress import printable
 
-ResultOption = Annotated[Path | None, typer.Option("--out", help="Folder for the figures as JSON and CSV.")]
+ResultOption = Annotated[
+    Path | None, typer.Option("--out", help="Folder for the same as JSON and CSV, some drawn as SVG.")
+]
 NormalizeOption = Annotated[str, typer.Option(help="token, byte or sum")]
 TeacherScores = Annotated[Path, typer.Option(help="Scores, or an evaluation, of the teacher.")]
 ReferenceScores = Annotated[Path, typer.Option(help="Scores, or an evaluation, of the reference.")]
+ValueOption = Annotated[str, typer.Option(help="Field of the loss.")]
+WarmUpOption = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Share of the compute at the beginning that is left out. [default: 0.2]"),
+]
 
 
 @app.command()
@@ -48,29 +55,29 @@ def effects(
     out: ResultOption = None,
 ) -> None:
     """Show how much of a pool is easy and common, hard and diverse, or noise, in all and by source."""
-    import numpy as np
-
     from miniplm.analysis.effects import effects as effects_of
     from miniplm.analysis.examples import examples, neighbours
     from miniplm.packing.instances import open_packed
-    from miniplm.report.tables import effects_lines, example_lines
+    from miniplm.report.tables import effects_lines, examples_lines
     from miniplm.sampling.base import open_selection
 
-    ours, theirs = _scores(teacher), _scores(reference)
-    kept = None
-    if rows is not None:
-        kept = np.zeros(len(ours), np.bool_)
-        kept[open_selection(rows).rows] = True
-    found = effects_of(ours, theirs, kept, normalize=_unit(normalize))
+    if instance is not None and packed is None:
+        raise RecipeError("--instance shows text, and without --packed there is none.", remedy="Add --packed.")
+    kept = None if rows is None else open_selection(rows)
+    found = effects_of(_scores(teacher), _scores(reference), kept, normalize=_unit(normalize))
     told, lines = found.as_dict(), effects_lines(found.as_dict())
     if packed is not None:
         instances = open_packed(packed)
         told |= examples(instances, found) | {"neighbours": neighbours(instances, found, instance)}
-        for key in ("easy_dropped", "hard_kept", "noisy_dropped", "neighbours"):
-            lines += ["", key.replace("_", ", "), *example_lines(told[key])]
+        lines += examples_lines(told)
     table = [{"part": "effect", "name": row.pop("effect"), **row} for row in map(dict, told["effects"])]
     table += [{"part": "source", "name": row.pop("source"), **row} for row in map(dict, told["by_source"])]
-    _say(lines, out, "effects", told, table)
+    svg = ""
+    if out is not None:
+        from miniplm.report.analysis_figures import effect_shares
+
+        svg = effect_shares(told)
+    _say(lines, out, "effects", told, table, svg)
 
 
 @app.command()
@@ -88,6 +95,7 @@ def diversity(
     """Measure how diverse a selection's text is beside its pool's: distinct-n, Self-BLEU, compression, meaning."""
     from miniplm.analysis.diversity import packed_diversity
     from miniplm.packing.instances import open_packed
+    from miniplm.pipeline.measuring import folder_names
     from miniplm.report.tables import diversity_lines
     from miniplm.sampling.base import open_selection
 
@@ -97,7 +105,7 @@ def diversity(
 
         how["encoder"] = load_encoder(encoder, device=device)
     pool = open_packed(packed)
-    chosen = {path.name: open_selection(path) for path in rows or ()}
+    chosen = {name: open_selection(path) for name, path in folder_names(_once(rows or ())).items()}
     for selection in chosen.values():
         selection.check_of(pool)
     numbers = {name: selection.rows for name, selection in chosen.items()}
@@ -111,18 +119,27 @@ def scaling(
         list[Path] | None, typer.Argument(help="Trained models, or files of points: JSON lines or CSV.")
     ] = None,
     control: Annotated[Path | None, typer.Option(help="A curve to compare with: the compute that is saved.")] = None,
-    along: Annotated[str, typer.Option(help="Field of the compute: flops, or tokens.")] = "flops",
-    value: Annotated[str, typer.Option(help="Field of the loss.")] = "held_out_loss",
+    along: Annotated[
+        str | None, typer.Option(help="Field of the compute. [default: flops; with --parameters: tokens]")
+    ] = None,
+    value: ValueOption = "held_out_loss",
+    ceiling: Annotated[
+        float | None, typer.Option(help="Of a value that rises, the highest it could be: 1, or 100 in per cent.")
+    ] = None,
+    parameters: Annotated[
+        str | None, typer.Option(help="Field of the model's size: fit L(N, D) to the ends of several runs.")
+    ] = None,
     at: Annotated[list[float] | None, typer.Option(help="Extrapolate to this compute. [default: 10 times]")] = None,
-    warm_up: Annotated[float, typer.Option(help="Share of the compute at the beginning that is left out.")] = 0.0,
+    warm_up: WarmUpOption = None,
     seed: Annotated[int, typer.Option(help="Of the intervals.")] = 0,
     published: Annotated[bool, typer.Option("--published", help="Show the paper's own laws and losses.")] = False,
     out: ResultOption = None,
 ) -> None:
     """Fit L(C) = A/C^α + L∞ to loss curves, extrapolate, and count the compute that a control would need."""
     from miniplm.analysis.published import published_table
-    from miniplm.pipeline.curves import compare, extrapolate, read_points
-    from miniplm.report.tables import published_lines, scaling_lines
+    from miniplm.pipeline import curves as laws
+    from miniplm.pipeline.measuring import folder_names
+    from miniplm.report.tables import published_lines, scaling_figure, scaling_lines, scaling_rows
 
     if published:
         rows = [row.as_dict() for row in published_table()]
@@ -130,19 +147,44 @@ def scaling(
         return
     if not curves:
         raise RecipeError("no curve is given.", remedy="Name trained models, or files of points.")
-    fitted = [
-        extrapolate(path.name, read_points(path), along=along, value=value, at=at or (), warm_up=warm_up, seed=seed)
-        for path in curves
-    ]
-    found: dict[str, Any] = {"along": along, "value": value, "curves": fitted, "reductions": []}
-    if control is not None:
-        theirs = read_points(control)
-        found["control"] = control.name
-        found["reductions"] = [
-            {"name": path.name, **compare(read_points(path), theirs, along=along, value=value, seed=seed)}
-            for path in curves
-        ]
-    _say(scaling_lines(found), out, "scaling", found, [*fitted, *found["reductions"]])
+    if parameters is not None and (control, ceiling, warm_up) != (None, None, None):
+        raise RecipeError("--parameters is of runs, and takes no --control, --ceiling or --warm-up.")
+    named = folder_names(_once([*curves, *([control] if control else [])]))
+    points = {name: laws.read_points(Path(path)) for name, path in named.items()}
+    steep = laws.STEEP if warm_up is None else warm_up
+    how = laws.Reading(along or ("tokens" if parameters else "flops"), value, ceiling, steep, seed)
+    if parameters is None:
+        beside = next((name for name, path in named.items() if path == str(control)), None)
+        found = laws.scaling(points, beside, at=at or (), how=how)
+    else:
+        found = laws.scaling_of_sizes(points, parameters, at=at or (), how=how)
+    svg = scaling_figure(found) if out is not None and parameters is None else ""
+    _say(scaling_lines(found), out, "scaling", found, scaling_rows(found), svg)
+
+
+@app.command("data-reduction")
+def data_reduction(
+    control: Annotated[Path, typer.Argument(help="The control: a trained model, or a file of points with tokens.")],
+    unique: Annotated[float, typer.Option(help="Unique tokens that it had, and the student too.")],
+    student: Annotated[Path | None, typer.Option(help="The student's curve, for its final loss.")] = None,
+    loss: Annotated[float | None, typer.Option(help="The student's final loss, instead of its curve.")] = None,
+    epochs: Annotated[float, typer.Option(help="How often the control would see its data.")] = 1.0,
+    value: ValueOption = "held_out_loss",
+    warm_up: WarmUpOption = None,
+    seed: Annotated[int, typer.Option(help="Of the intervals.")] = 0,
+    out: ResultOption = None,
+) -> None:
+    """Count the unique tokens that a control would need for the student's loss, repeated ones being worth less."""
+    from miniplm.pipeline.curves import STEEP, Reading, data_needed, read_points
+    from miniplm.report.tables import data_reduction_lines, data_reduction_rows
+
+    if (student is None) == (loss is None):
+        raise RecipeError("the student's final loss is either in its curve, --student, or said, --loss.")
+    theirs = loss if student is None else read_points(student)
+    assert theirs is not None
+    how = Reading("tokens", value, None, STEEP if warm_up is None else warm_up, seed)
+    found = data_needed(read_points(control), theirs, unique, epochs=epochs, how=how)
+    _say(data_reduction_lines(found), out, "data-reduction", found, data_reduction_rows(found))
 
 
 def _scores(path: Path) -> Any:
@@ -158,6 +200,11 @@ def _unit(normalize: str) -> Any:
     if normalize not in (units := ("token", "byte", "sum")):
         raise RecipeError(f"--normalize {normalize!r} is none of {', '.join(units)}.")
     return normalize
+
+
+def _once(paths: Sequence[Path]) -> list[str]:
+    """Paths in their order, each once."""
+    return list(dict.fromkeys(map(str, paths)))
 
 
 def _say(

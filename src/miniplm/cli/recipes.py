@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from miniplm.cli.app import app
 from miniplm.cli.options import RecipeArgument, RunOption, SetOption, chain_of
+from miniplm.errors import RecipeError
 
 
 @app.command()
@@ -32,9 +33,10 @@ def plan(recipe: RecipeArgument, out: RunOption = None, set_: SetOption = None) 
 
 @app.command()
 def cost(
-    recipe: RecipeArgument,
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe or a study (YAML).", show_default=False)] = None,
     out: RunOption = None,
     set_: SetOption = None,
+    published: Annotated[bool, typer.Option("--published", help="The paper's sizes too; needs no recipe.")] = False,
     compute_reduction: Annotated[
         float, typer.Option(help="Times the operations that a control needs for a student's loss; 2.2 is the paper's.")
     ] = 2.2,
@@ -43,19 +45,35 @@ def cost(
 ) -> None:
     """Show what a recipe or a study costs, before and after: operations, time, disk, and when it is repaid."""
     from miniplm.artifact import pretty_json
+    from miniplm.pipeline import cost_table
     from miniplm.pipeline.chain import chain
-    from miniplm.pipeline.cost_table import as_csv, lines
     from miniplm.pipeline.costs import costs, together
-    from miniplm.recipe import recipes_of
+    from miniplm.recipe.reading import variants_of
 
-    name, asked = recipes_of(recipe, set_ or ())
-    root = out or Path("runs") / name
-    found = together(costs(chain(one, root), compute_reduction=compute_reduction) for one in asked)
+    if recipe is None and not published:
+        raise RecipeError(
+            "there is no recipe to tell the costs of.",
+            facts={"expected": "a recipe or a study, or --published"},
+            remedy="`miniplm cost recipe.yaml`; of the paper's sizes, `miniplm cost --published`.",
+        )
+    shown: dict[str, Any] = {}
+    table, lines = "", []
+    if recipe is not None:
+        name, asked = variants_of(recipe, set_ or ())
+        root = out or Path("runs") / name
+        each = [costs(chain(one.recipe, root), compute_reduction=compute_reduction) for one in asked]
+        found = together(each, [one.place for one in asked])
+        shown, table, lines = found.as_dict(), cost_table.as_csv(found), cost_table.lines(found)
+    if published:
+        rows = cost_table.published(compute_reduction)
+        shown["published"] = rows
+        table = table or cost_table.published_csv(rows)
+        lines += [*([""] if lines else []), *cost_table.published_lines(rows)]
     if json_ is not None:
-        json_.write_bytes(pretty_json(found.as_dict()))
+        json_.write_bytes(pretty_json(shown))
     if csv is not None:
-        csv.write_text(as_csv(found), encoding="utf-8")
-    typer.echo("\n".join(lines(found)))
+        csv.write_text(table, encoding="utf-8")
+    typer.echo("\n".join(lines))
 
 
 @app.command()

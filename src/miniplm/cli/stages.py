@@ -29,6 +29,11 @@ from miniplm.errors import RecipeError
 # settings of a training that have options
 _TRAIN_OPTIONS = {"model", "data", "tokens", "epochs", "out", "held_out", "counted", "objective", "teacher", "match"}
 _NO_SETTINGS = {"about", "compute", "tokenizer"}  # arguments of `train` that are none of a training
+# options of `eval`, by that which they say more of
+_BEAR_ON = {
+    "held_out": ("counted", "tokenizer"), "documents": ("sample", "windows", "sequence_length"),
+    "tasks": ("tasks_data", "shots", "limit"),
+}  # fmt: skip
 
 
 @app.command()
@@ -312,11 +317,15 @@ def train(
 
 @app.command(name="eval")
 def evaluate(
+    context: typer.Context,
     models: Annotated[list[str], typer.Argument(help="Hub ids or folders: a column of the table each.")],
-    out: Annotated[Path, typer.Option(help="Folder of the results; a model that is measured there is not again.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results; the table is of all that is measured there.")],
     held_out: Annotated[Path | None, typer.Option(help="The held-out part of a prepared corpus.")] = None,
     documents: Annotated[
-        list[str] | None, typer.Option(help="Documents, path or glob: each model reads them by its own tokenizer.")
+        list[str] | None, typer.Option(help='Documents, path or "glob": each model reads them by its own tokenizer.')
+    ] = None,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="That many documents, drawn by hash. [default: all]")
     ] = None,
     windows: Annotated[str, typer.Option(help="Of a document: first, as in the paper, or all of it.")] = "first",
     sequence_length: Annotated[int, typer.Option(help="Predicted positions of a document's window.")] = 1024,
@@ -336,27 +345,45 @@ def evaluate(
     engine: EngineOption = "local",
 ) -> None:
     """Measure models: loss on held-out instances or on documents, accuracy on benchmarks; one table."""
-    from miniplm.evaluation.loss import Row
     from miniplm.packing.instances import open_packed
     from miniplm.pipeline import measuring
 
     if held_out is None and documents is None and tasks is None:
         raise RecipeError("nothing to measure on.", remedy="Give --held-out, --documents or --tasks, or several.")
+    _refuse_idle(context)
+    asked_tasks = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
+    if asked_tasks == []:
+        raise RecipeError(f"--tasks {tasks!r} names no task.", remedy="--tasks paper, for example.")
     compute = compute_settings(device=device, score_tokens=batch, engine=engine)
+    measuring.check_models(models)
+    named = measuring.folder_names(models)
     part = None if held_out is None else open_packed(held_out)
-    rows: dict[str, list[Row]] = {}
-    for name, model in measuring.folder_names(models).items():
-        found, folder = rows.setdefault(name, []), out / name
+    for name, model in named.items():
+        folder = out / name
         how: Any = {"dtype": dtype, "compute": compute}
         if part is not None:
             rule: Any = {"counted": counted, "tokenizer": tokenizer}
-            found += measuring.evaluate(model, held_out=part, out=folder / "held_out", **rule, **how).rows
+            measuring.evaluate(model, held_out=part, out=folder / "held_out", **rule, **how)
         if documents is not None:
             cut: Any = {"sequence_length": sequence_length, "windows": windows}
-            found += measuring.evaluate_documents(model, documents, out=folder / "documents", **cut, **how).rows
-        if tasks is not None:
+            drawn = {"files": documents, "documents": sample}
+            measuring.evaluate_documents(model, drawn, out=folder / "documents", **cut, **how)
+        if asked_tasks is not None:
             asked: Any = {"tasks_data": tasks_data, "shots": shots, "limit": limit}
-            found += measuring.evaluate_tasks(model, tasks.split(","), out=folder / "tasks", **asked, **how).rows
-    measuring.write_table(out, rows)
-    typer.echo("\n".join(measuring.table(rows)))
+            measuring.evaluate_tasks(model, asked_tasks, out=folder / "tasks", **asked, **how)
+    found = measuring.measured(out, list(named))
+    measuring.write_table(out, found)
+    typer.echo("\n".join(measuring.table(found)))
     typer.echo(f"table: {out / 'evaluations.csv'}")
+
+
+def _refuse_idle(context: typer.Context) -> None:
+    """Refuse an option of `eval` that says more of something that is not measured."""
+    options = {option.name: option for option in context.command.params}
+    for measured_on, more in _BEAR_ON.items():
+        idle = [name for name in more if context.params[name] != options[name].default]
+        if idle and not context.params[measured_on]:
+            option, needed = (f"--{name.replace('_', '-')}" for name in (idle[0], measured_on))
+            raise RecipeError(
+                f"{option} bears only on {needed}, which is not given.", remedy=f"Give {needed}, or leave {option} out."
+            )

@@ -9,6 +9,7 @@ Imported when tasks are run, never before: `lm_eval` is an extra, and takes seco
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import logging
 import os
@@ -29,7 +30,6 @@ from lm_eval.tasks import TaskManager
 from miniplm.errors import CorpusError, RecipeError
 from miniplm.evaluation.local_tasks import Examples
 from miniplm.progress import printable
-from miniplm.recipe.base import nearest
 
 _TASKS = Path(lm_eval.__file__).parent / "tasks"
 _FOLDERS = {  # of tasks that are often asked for: reading all of the harness's takes eight seconds
@@ -37,6 +37,7 @@ _FOLDERS = {  # of tasks that are often asked for: reading all of the harness's 
     "piqa": "piqa", "sciq": "sciq", "social": "siqa", "storycloze": "storycloze", "wikitext": "wikitext",
     "winogrande": "winogrande",
 }  # fmt: skip
+_NEAR = 0.75  # assumed; among thousands of names, one that is half like any word is always there
 _FEWSHOT_SEED = 1234  # the harness's own default
 _BOOTSTRAP = 1000  # resamples for the standard error of a perplexity; the harness's 100,000 take minutes
 
@@ -48,9 +49,10 @@ def members(name: str) -> tuple[str, ...]:
     """The tasks that a name stands for: itself, or those of a tag. Raises RecipeError if the harness has none such."""
     index = _manager(name).task_index
     if name not in index:
+        close = difflib.get_close_matches(name, index, n=1, cutoff=_NEAR)
         raise RecipeError(
             f"lm-evaluation-harness has no task {printable(name)!r}.",
-            remedy=nearest(name, index) or "`lm-eval ls tasks` lists them.",
+            remedy=f"Did you mean `{close[0]}`?" if close else "`lm-eval ls tasks` lists them.",
         )
     entry = index[name]
     return tuple(sorted(entry.tags)) if entry.cfg is None else (name,)

@@ -1,14 +1,15 @@
 """What a model got on benchmarks: a figure a task by the paper's rule, and their average (paper, section 3.1).
 
 In: what the harness found of each task. Out: `Row`s: acc_norm where the harness has it, else acc, else its first
-metric, with the harness's standard error. The average is the unweighted mean of the accuracies.
+metric, with the harness's standard error. The average is the unweighted mean of the accuracies: of the paper's tasks
+alone where `paper` was asked for, so that it is the paper's figure whatever else was asked; else of all.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,11 @@ class TaskResults:
 
     Attributes:
         path: the artifact's folder.
-        rows: a row a task, in the order asked; last `average`, of metric `accuracy`, whose `n` counts tasks.
+        rows: a row a task, in the order asked; last `average`, of metric `accuracy`, whose `n` counts the tasks in it:
+            those of the paper if `paper` was asked for, else all that have an accuracy.
         missing: tasks that `paper` stands for and whose files are not there.
         notes: task -> what a reader of its figure has to know.
+        limit: questions of each task, where not all were asked; of a group, of each task in it.
 
     """
 
@@ -36,6 +39,18 @@ class TaskResults:
     rows: tuple[Row, ...]
     missing: tuple[str, ...]
     notes: Mapping[str, str]
+    limit: int | None
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a reader of the figures has to know, a line each: how many questions, tasks not there, notes."""
+        lines = [] if self.limit is None else [self._questions(self.limit)]
+        lines += [f"without {name}, whose examples are not there" for name in self.missing]
+        return (*lines, *(f"{task}: {note}" for task, note in self.notes.items()))
+
+    def _questions(self, limit: int) -> str:
+        other = [f"{row.dataset} {row.n:,}" for row in self.rows if row.dataset != AVERAGE and row.n != limit]
+        return f"{limit:,} questions each" + (f" ({', '.join(other)})" if other else "")
 
     def value(self, task: str) -> Row:
         """The figure of a task, or of `average`. Raises KeyError if it was not measured."""
@@ -45,22 +60,23 @@ class TaskResults:
         raise KeyError(task)
 
     def __str__(self) -> str:
-        lines = [str(row) for row in self.rows]
-        lines += [f"without {name}, whose examples are not there" for name in self.missing]
-        return "\n".join([*lines, *(f"{task}: {note}" for task, note in self.notes.items())])
+        return "\n".join([*map(str, self.rows), *self.remarks])
 
 
 def open_tasks(path: Path | str) -> TaskResults:
     """Open results on disk. Raises ArtifactError if they are not there, not finished or damaged."""
     manifest = artifact.read(path, kind="tasks")
     rows = tuple(Row(**entry) for entry in json.loads((Path(path) / "results.json").read_bytes()))
-    return TaskResults(Path(path), rows, tuple(manifest.counts["missing"]), dict(manifest.counts["notes"]))
+    missing, notes = tuple(manifest.counts["missing"]), dict(manifest.counts["notes"])
+    return TaskResults(Path(path), rows, missing, notes, manifest.identity.recipe["limit"])
 
 
-def results(raw: Mapping[str, Mapping[str, Any]]) -> tuple[Row, ...]:
-    """The rows of tasks, from what the harness found of each, and their average."""
-    rows = [row for name, found in raw.items() for row in _rows(name, found["harness"]["results"])]
-    accuracies = [row for row in rows if row.metric in _ACCURACIES]
+def results(raw: Mapping[str, Mapping[str, Any]], averaged: Container[str]) -> tuple[Row, ...]:
+    """The rows of tasks, from what the harness found of each, and the average of those that are `averaged`."""
+    by_task = {name: list(_rows(name, found["harness"]["results"])) for name, found in raw.items()}
+    rows = [row for found in by_task.values() for row in found]
+    accuracies = [row for name, found in by_task.items() if name in averaged for row in found]
+    accuracies = [row for row in accuracies if row.metric in _ACCURACIES]
     if len(accuracies) > 1:
         rows.append(average(accuracies))
     return tuple(rows)

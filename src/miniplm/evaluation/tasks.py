@@ -2,7 +2,7 @@
 
 In: a model and the names of tasks; their examples from the Hub, or from files (`local_tasks.py`). Out: `TaskResults`,
 a figure a task by the paper's rule, acc_norm where the harness has it, else acc, with the harness's standard error, and
-the unweighted mean of them.
+the unweighted mean of them: of the paper's alone, where `paper` was asked for.
 
 On disk: `results.json` and `results.csv`, the rows; `raw/<task>.json`, all that the harness found, its settings and
 versions; `raw/<task>.samples.jsonl`, a line an example: log-likelihoods, gold, each metric. A task is the unit of
@@ -31,7 +31,6 @@ from miniplm.evaluation.task_results import open_tasks as open_tasks
 from miniplm.evaluation.task_results import results
 from miniplm.progress import printable
 from miniplm.recipe import Compute, GivenModel, ScoredModel, TaskSettings
-from miniplm.recipe.base import nearest
 
 VERSION = 1
 PAPER = "paper"
@@ -95,6 +94,8 @@ def identity(model: str, settings: TaskSettings) -> Identity:
         "tasks": list(names), "missing": list(missing_tasks(settings)), "shots": settings.shots,
         "limit": settings.limit, "dtype": settings.dtype, "harness": _harness_version(),
     }  # fmt: skip
+    if PAPER in settings.tasks and not set(names) <= set(PAPER_TASKS):  # else all that are asked are averaged
+        recipe["averaged"] = [name for name in names if name in PAPER_TASKS]
     inputs = {"model": model}
     if settings.tasks_data is not None:
         hashes = {name: _hashes(settings, name) for name in names}
@@ -131,15 +132,19 @@ def evaluate_tasks(
             for name in left:
                 _run(workspace, harness, lm, settings, name)
         raw = {name: json.loads((workspace.path / "raw" / f"{name}.json").read_bytes()) for name in names}
-        rows = results(raw)
+        averaged = what.recipe.get("averaged")
+        rows = results(raw, names if averaged is None else averaged)
         workspace.write_json("results.json", [row.as_dict() for row in rows])
         with workspace.part("results.csv") as path:
             path.write_text(as_csv({what.inputs["model"][:12]: rows}), encoding="utf-8")
+        notes = {name: found["note"] for name, found in raw.items() if found["note"]}
+        if averaged is not None:
+            notes[AVERAGE] = "of the paper's tasks alone"
         return {
             "tasks": len(names),
             "examples": sum(row.n for row in rows if row.dataset != AVERAGE),
             "missing": what.recipe["missing"],
-            "notes": {name: found["note"] for name, found in raw.items() if found["note"]},
+            "notes": notes,
         }
 
     artifact.make(out, what, work)
@@ -227,7 +232,7 @@ def _check_there(settings: TaskSettings, name: str) -> None:
         raise RecipeError(
             f"the task {printable(name)} has no files in {settings.tasks_data}.",
             facts={"found": f"files of {', '.join(there) or 'no task'}"},
-            remedy=nearest(name, there) or "Put its files there, a folder a task.",
+            remedy="Put its files there, a folder a task.",
         )
 
 

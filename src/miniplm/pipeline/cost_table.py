@@ -1,24 +1,51 @@
-"""Costs as text: a table for a terminal with what follows from it in a few lines, and CSV."""
+"""Costs as text: a table for a terminal with what follows from it in a few lines, and CSV; and those of the paper.
+
+The paper's are computed from its sizes below, by the functions that compute a recipe's; a pass through a model is taken
+as two operations for each parameter and token, as the paper counts, without attention.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from math import isfinite
+from typing import Any
 
+from miniplm.analysis.cost import (
+    PAPER_COMPUTE_REDUCTION,
+    PAPER_SCORE_BYTES,
+    break_even,
+    saved_to_same_loss,
+    score_bytes,
+    token_level_bytes,
+)
+from miniplm.models.flops import TRAINING_PASSES
 from miniplm.pipeline.costs import BreakEven, Costs, StageCost, Storage, Total
 
 _UNKNOWN = "–"
 _PACE = "TFLOP/s are those of a large matrix product, timed just now on one device of this machine."
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
+# The paper's sizes (sections 3.1 and 3.4, footnote 2, appendices C and E).
+_TEACHER_PARAMETERS = 1.8e9  # Qwen1.5-1.8B
+_TEACHER_BODY_PARAMETERS = 1.2e9  # without embeddings
+_REFERENCE_PARAMETERS = 104e6
+_STUDENT_PARAMETERS = {"200M": 200e6, "500M": 500e6, "1.2B": 1.2e9}
+_POOL_TOKENS = 100e9
+_REFERENCE_TOKENS = 5e9
+_STUDENT_TOKENS = 50e9
+_SEQUENCE_LENGTH = 1024
+_VOCABULARY = 150e3
+_UNITS = {"operations": "operations", "students": "students", "bytes": ""}
+_WEIGHT_OPERATIONS = 2  # of a parameter, for each token of a forward pass
 
 
 def lines(costs: Costs) -> list[str]:
     """The table of stages, the totals under it, and what they say."""
     header = ("stage", "operations", "time", "disk", "")
-    body = [(c.stage, operations(c.flops), duration(c.seconds), size(c.disk_bytes), _basis(c)) for c in costs.stages]
+    names = dict.fromkeys(cost.stage for cost in costs.stages)
+    body = [_row(name, [cost for cost in costs.stages if cost.stage == name]) for name in names]
     totals = [(name, *_total(total), "") for name, total in costs.totals.items() if name != "left"]
     width = max(len(row[0]) for row in [*body, *totals])
     table = [f"{a:<{width}}  {b:>11}  {c:>9}  {d:>9}  {e}".rstrip() for a, b, c, d, e in [header, *body, *totals]]
@@ -27,6 +54,8 @@ def lines(costs: Costs) -> list[str]:
     table.insert(2 + len(body), rule)
     said = [_PACE] if any("TFLOP" in cost.pace for cost in costs.stages) else []
     said += [] if costs.totals["left"].disk_bytes is None else [_left(costs)]
+    if costs.runs > 1:
+        said.append(f"The table is of all {costs.runs} runs, what they share counted once; what follows, of the first.")
     said += list(dict.fromkeys(_repaid(found, _alike(found, costs.break_even)) for found in costs.break_even))
     if any(cost.stage == "train/teacher" for cost in costs.stages) and costs.break_even:
         said.append("The teacher's own training is not among what is repaid.")
@@ -37,7 +66,7 @@ def brief(cost: StageCost) -> str:
     """Operations, time and disk of a stage in one breath; what is not measured begins with `~`."""
     told = [operations(cost.flops), duration(cost.seconds), size(cost.disk_bytes)]
     if not cost.measured:
-        told = [text if text == _UNKNOWN else f"~{text}" for text in told]
+        told = [text if text[0] in (_UNKNOWN, "<") else f"~{text}" for text in told]
     return "".join(f"{text:>9}" for text in told)
 
 
@@ -78,6 +107,90 @@ def size(n_bytes: float | None) -> str:
     return f"{scaled:.1f} {_PREFIXES[power]}B" if scaled < 9.95 and power else f"{scaled:.0f} {_PREFIXES[power]}B"
 
 
+def published(compute_reduction: float = PAPER_COMPUTE_REDUCTION) -> list[dict[str, Any]]:
+    """The costs at the paper's sizes: `name`, `value`, `unit` (operations, students or bytes), as they are printed."""
+    teacher, body = (_reading(n, _POOL_TOKENS) for n in (_TEACHER_PARAMETERS, _TEACHER_BODY_PARAMETERS))
+    reference = TRAINING_PASSES * _reading(_REFERENCE_PARAMETERS, _REFERENCE_TOKENS)
+    offline = teacher + _reading(_REFERENCE_PARAMETERS, _POOL_TOKENS) + reference
+    students = {
+        name: TRAINING_PASSES * _reading(parameters, _STUDENT_TOKENS)
+        for name, parameters in _STUDENT_PARAMETERS.items()
+    }
+    asked = _reading(_TEACHER_PARAMETERS, _STUDENT_TOKENS)  # by Vanilla KD, for each student anew
+    chosen = _STUDENT_TOKENS / _SEQUENCE_LENGTH
+    rows = [
+        (f"teacher scores {_POOL_TOKENS / 1e9:g}B tokens, all parameters", teacher, "operations"),
+        (f"teacher scores {_POOL_TOKENS / 1e9:g}B tokens, without embeddings", body, "operations"),
+        (f"reference is trained on {_REFERENCE_TOKENS / 1e9:g}B tokens", reference, "operations"),
+        ("offline: teacher and reference score, reference is trained", offline, "operations"),
+        *(
+            (f"{name} student is trained on {_STUDENT_TOKENS / 1e9:g}B tokens", flops, "operations")
+            for name, flops in students.items()
+        ),
+        ("repaid against Vanilla KD, of any size, by", break_even(offline, asked), "students"),
+        *(
+            (
+                f"repaid against pre-training that takes {compute_reduction:g} times as much, {name}, by",
+                break_even(offline, saved_to_same_loss(flops, compute_reduction)),
+                "students",
+            )
+            for name, flops in students.items()
+        ),
+        (
+            f"scores of {_STUDENT_TOKENS / 1e9:g}B tokens, a float32 an instance",
+            score_bytes(chosen, models=1, bytes_each=PAPER_SCORE_BYTES),
+            "bytes",
+        ),
+        (
+            f"distributions over {_VOCABULARY / 1e3:g}K entries at these tokens",
+            token_level_bytes(_STUDENT_TOKENS, int(_VOCABULARY)),
+            "bytes",
+        ),
+    ]
+    return [
+        {"name": name, "value": value if value is not None and isfinite(value) else None, "unit": unit}
+        for name, value, unit in rows
+    ]
+
+
+def published_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The costs at the paper's sizes as a table."""
+    shown = {"operations": operations, "students": lambda n: "never" if n is None else f"{n:,.1f}", "bytes": size}
+    width = max(len(row["name"]) for row in rows)
+    return [
+        "At the paper's sizes, computed: two operations a parameter and token, attention left out.",
+        *(
+            f"{one['name']:<{width}}  {shown[one['unit']](one['value']):>7} {_UNITS[one['unit']]}".rstrip()
+            for one in rows
+        ),
+    ]
+
+
+def published_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The costs at the paper's sizes as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ("name", "value", "unit"), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _reading(parameters: float, tokens: float) -> float:
+    """Operations of a forward pass over tokens."""
+    return _WEIGHT_OPERATIONS * parameters * tokens
+
+
+def _row(name: str, of: Sequence[StageCost]) -> tuple[str, str, str, str, str]:
+    """A line of the table: a stage, or the sums of all of this name in the runs of a study."""
+    bases = list(dict.fromkeys(map(_basis, of)))
+    basis = bases[0]
+    if len(bases) > 1:
+        kinds = [cost.basis for cost in of]
+        basis = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    shown = _total(Total.of(of))
+    return f"{name} ×{len(of)}" if len(of) > 1 else name, *shown, basis
+
+
 def _basis(cost: StageCost) -> str:
     return f"{cost.basis}, {cost.pace}" if cost.pace else cost.basis
 
@@ -88,7 +201,7 @@ def _total(total: Total) -> tuple[str, str, str]:
     if total.unknown_flops and total.flops is not None:
         flops = f"> {flops}"
     if total.unknown_seconds and total.seconds is not None:
-        seconds = f"> {seconds}"
+        seconds = "> 0 s" if total.seconds < 1 else f"> {seconds}"
     return flops, seconds, size(total.disk_bytes)
 
 
@@ -97,7 +210,7 @@ def _left(costs: Costs) -> str:
     left = [cost for cost in costs.stages if not cost.measured]
     largest = max((cost.scratch_bytes or 0 for cost in left), default=0)
     scratch = f", and up to {size(largest)} more while a model is trained" if largest else ""
-    guessed = f" Guessed, as the corpus is not packed yet: {costs.assumption}." if costs.assumption else ""
+    guessed = f" Guessed, of what is not packed yet: {costs.assumption}." if costs.assumption else ""
     return f"To make: {len(left)} stages, {flops} operations, {seconds}, {disk} of disk{scratch}.{guessed}"
 
 
@@ -113,14 +226,14 @@ def _repaid(found: BreakEven, students: str) -> str:
     plain = f"{_students(found.against_pretraining)} (if a control needs {found.compute_reduction:g} times as much)"
     return (
         f"Scoring and the reference ({operations(found.offline_flops)}) are repaid by students like {students}: "
-        f"against Vanilla KD by {_students(found.against_vanilla_kd)}, against plain pre-training by {plain}."
+        f"against Vanilla KD {_students(found.against_vanilla_kd)}, against plain pre-training {plain}."
     )
 
 
 def _students(count: float | None) -> str:
     if count is None:
-        return _UNKNOWN
-    return "any number never" if not isfinite(count) else f"{count:,.1f}"
+        return "by –"
+    return f"by {count:,.1f}" if isfinite(count) else "never"
 
 
 def _kept(storage: Storage) -> str:

@@ -14,7 +14,7 @@ of the offline cost, but not of what they repay: in the paper it is there alread
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from typing import Any
 
@@ -51,6 +51,7 @@ class StageCost:
         measured: whether it is done.
         guessed: whether it hangs on a guess of how large the corpus is.
         pace: where the seconds of a stage that is not done are from.
+        runs: of a study, which have it: `seed 3, ratio 0.5`, what these have in common; "" is all of them.
 
     """
 
@@ -66,6 +67,7 @@ class StageCost:
     measured: bool
     guessed: bool
     pace: str
+    runs: str = ""
 
     @property
     def basis(self) -> str:
@@ -149,14 +151,15 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """The costs of a recipe.
+    """The costs of a recipe, or of a study's runs together.
 
     Attributes:
         stages: in the order of the chain.
         totals: by group; `all`, and `left` of what is not done.
-        break_even: one for each student that plainly learns from what scores chose.
-        storage: None if the pool's size is not known.
+        break_even: one for each student that plainly learns from what scores chose; of a study's first run.
+        storage: None if the pool's size is not known; of a study's first run.
         assumption: what the sizes that are guessed rest on; "" if none is.
+        runs: how many there are.
 
     """
 
@@ -165,10 +168,16 @@ class Costs:
     break_even: tuple[BreakEven, ...]
     storage: Storage | None
     assumption: str
+    runs: int = 1
 
     @classmethod
     def of(
-        cls, stages: Iterable[StageCost], break_even: Iterable[BreakEven], storage: Storage | None, assumption: str
+        cls,
+        stages: Iterable[StageCost],
+        break_even: Iterable[BreakEven],
+        storage: Storage | None,
+        assumption: str,
+        runs: int = 1,
     ) -> Costs:
         """The costs of these stages, added up."""
         found = tuple(stages)
@@ -176,7 +185,7 @@ class Costs:
         totals = {group: Total.of(cost for cost in found if cost.group == group) for group in groups}
         totals |= {"all": Total.of(found), "left": Total.of(cost for cost in found if not cost.measured)}
         guessed = any(cost.guessed for cost in found)
-        return cls(found, totals, tuple(break_even), storage, assumption if guessed else "")
+        return cls(found, totals, tuple(break_even), storage, assumption if guessed else "", runs)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON types; a break-even that is never reached is None, with the operations that say why beside it."""
@@ -189,6 +198,7 @@ class Costs:
             ],
             "storage": None if self.storage is None else asdict(self.storage),
             "assumption": self.assumption,
+            "runs": self.runs,
         }
 
 
@@ -212,12 +222,29 @@ def costs(stages: Chain, *, compute_reduction: float = PAPER_COMPUTE_REDUCTION, 
     return Costs.of(found, repaid, _storage(estimates, found), assumption(stages.recipe))
 
 
-def together(branches: Iterable[Costs]) -> Costs:
-    """The costs of a study: each stage once, however many branches share it; the rest is of the first branch."""
+def together(branches: Iterable[Costs], places: Iterable[Mapping[str, str]] = ()) -> Costs:
+    """The costs of a study: each stage once, however many branches share it; the rest is of the first branch.
+
+    Args:
+        branches: the costs of each.
+        places: of each its seed and its point of the grid, as `Variant.place`; without them stages have no `runs`.
+
+    """
     several = list(branches)
     distinct = {cost.fingerprint: cost for branch in several for cost in branch.stages}
+    shared: dict[str, dict[str, str]] = {}  # fingerprint -> what the branches that have it have in common
+    for branch, place in zip(several, places, strict=False):
+        for cost in branch.stages:
+            common = shared.setdefault(cost.fingerprint, dict(place))
+            shared[cost.fingerprint] = {key: value for key, value in common.items() if place.get(key) == value}
+    stages = [replace(cost, runs=_in_words(shared.get(key, {}))) for key, cost in distinct.items()]
     first = several[0]
-    return Costs.of(distinct.values(), first.break_even, first.storage, first.assumption)
+    return Costs.of(stages, first.break_even, first.storage, first.assumption, len(several))
+
+
+def _in_words(place: Mapping[str, str]) -> str:
+    """`seed 3, ratio 0.5`: the last part of each key, with its value."""
+    return ", ".join(f"{key.rsplit('.', 1)[-1]} {value}" for key, value in place.items())
 
 
 def _cost(stage: Stage, manifest: Manifest | None, estimate: Estimate, speeds: Speeds) -> StageCost:

@@ -116,7 +116,7 @@ class Estimates(dict[str, Estimate]):
             self.models[fingerprint] = shape
 
     def _documents(self, stage: Stage, manifest: Manifest | None) -> Estimate:
-        there = text_bytes(self.stages.recipe)
+        there = text_bytes(self.stages.recipe.corpus, self.stages.recipe.prepare.block_bytes)
         return Estimate(disk_bytes=None if there is None else there / _TEXT_ON_DISK, guessed=manifest is None)
 
     def _corpus(self, stage: Stage, manifest: Manifest | None) -> Estimate:

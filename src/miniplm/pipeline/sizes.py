@@ -2,7 +2,8 @@
 
 Before a corpus is packed, how many tokens it has is a guess: one for each `_BYTES_PER_TOKEN` of its text; of a corpus
 on the Hub, whose size nobody here knows, the pool is taken to be as large as the students need to see each instance
-once, as the paper's is. What follows from a guess is marked `guessed`. Nothing here raises.
+once, as the paper's is. Documents that are read whole are guessed by their files likewise. What follows from a guess is
+marked `guessed`. Nothing here raises.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from miniplm.packing.instances import packed_identity
 from miniplm.packing.pack import token_dtype
 from miniplm.packing.split import parts_in
 from miniplm.pipeline.chain import Chain, Stage
-from miniplm.recipe import Recipe, Split, TokenizerSettings, TrainSettings
+from miniplm.recipe import CorpusSettings, Recipe, Split, TokenizerSettings, TrainSettings
 from miniplm.sampling.base import keep_count
 from miniplm.training.presets import PRESETS
 
@@ -107,19 +108,22 @@ def rows_of(stages: Chain) -> dict[str, Rows]:
 
 def assumption(recipe: Recipe) -> str:
     """What a guess of how large a corpus is rests on."""
-    if recipe.corpus.hub is not None:
-        return "the pool is as large as its students need to see each instance once"
-    return f"a token for every {_BYTES_PER_TOKEN:g} bytes of text"
+    by_bytes = f"a token for every {_BYTES_PER_TOKEN:g} bytes of text"
+    if recipe.corpus.hub is None:
+        return by_bytes
+    as_needed = "the pool is as large as its students need to see each instance once"
+    whole = any(one.windows == "all" and one.files is not None for one in recipe.evaluate.documents.values())
+    return f"{as_needed}; documents have {by_bytes}" if whole else as_needed
 
 
-def text_bytes(recipe: Recipe) -> float | None:
-    """UTF-8 bytes of the corpus, guessed from its settings and files; None of one on the Hub."""
-    if recipe.corpus.source is not None:
-        return recipe.corpus.budget_bytes
-    if recipe.corpus.files is None:
+def text_bytes(corpus: CorpusSettings, block_bytes: int) -> float | None:
+    """UTF-8 bytes of a corpus, guessed from its settings and files; None of one on the Hub."""
+    if corpus.source is not None:
+        return corpus.budget_bytes
+    if corpus.files is None:
         return None
     try:
-        documents = open_documents(recipe.corpus, recipe.prepare.block_bytes)
+        documents = open_documents(corpus, block_bytes)
     except MiniplmError:  # whoever makes the chain is told
         return None
     sizes = ((name, documents.disk_bytes(name)) for name in documents.files)
@@ -149,7 +153,7 @@ def _share(split: Split, part: str) -> float:
 
 def _corpus_tokens(recipe: Recipe) -> float | None:
     """Tokens of the whole corpus, guessed."""
-    if (there := text_bytes(recipe)) is not None:
+    if (there := text_bytes(recipe.corpus, recipe.prepare.block_bytes)) is not None:
         return there / _BYTES_PER_TOKEN
     needed = [
         student.tokens / _share_of_pool(recipe, student.data)
@@ -173,8 +177,14 @@ def _made(recipe: Recipe, name: str, stage: Stage, there: Mapping[str, Rows]) ->
     group, _, last = name.partition("/")
     if group == "documents":
         documents, length = recipe.evaluate.documents[last], recipe.prepare.sequence_length
-        instances = documents.documents if documents.windows == "first" else None
-        return Rows.full(length, instances, _vocab_size(recipe.prepare.tokenizer))  # at most: documents may be short
+        vocab_size = _vocab_size(recipe.prepare.tokenizer)
+        if documents.windows == "first":
+            return Rows.full(length, documents.documents, vocab_size)  # at most: documents may be short
+        n_bytes = text_bytes(documents, recipe.prepare.block_bytes)  # at most: not all of them may be drawn
+        if n_bytes is None:
+            return Rows.full(length, None, vocab_size)
+        tokens = int(n_bytes / _BYTES_PER_TOKEN)
+        return Rows(length, -(-tokens // length), tokens, vocab_size, guessed=True)
     before = there.get(stage.identity.inputs.get("data") or stage.identity.inputs["packed"])
     if before is None:
         return Rows(recipe.prepare.sequence_length, guessed=True)

@@ -18,7 +18,7 @@ import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -42,6 +42,11 @@ class Variant:
     seed: int | None
     point: Mapping[str, str]
     recipe: Recipe
+
+    @property
+    def place(self) -> dict[str, str]:
+        """What tells it from the others: `{"seed": "3", "select.*.ratio": "0.5"}`."""
+        return {**({} if self.seed is None else {"seed": str(self.seed)}), **self.point}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +81,7 @@ def parse(text: str, *, name: str = "recipe", overrides: Iterable[str] = ()) -> 
     if found := [key for key in _STUDY if key in source.raw]:
         raise RecipeError(
             f"{name} is a study: it has `{found[0]}:`, and stands for several recipes.",
-            remedy="Run it with `miniplm study`.",
+            remedy="Run it with `miniplm study`; `miniplm cost` tells what it takes, and what of it is left to make.",
         )
     return source.recipe(source.raw)
 
@@ -99,7 +104,9 @@ def parse_study(text: str, *, name: str = "study", overrides: Iterable[str] = ()
         for point in _points(source.raw.get("grid", {})):
             raw, changed = copy.deepcopy(base), dict(source.changed)
             for key, (_, value) in point.items():
-                _change(raw, tuple(key.split(".")), value, f"{source.place('grid', key)}, grid key `{key}`", changed)
+                whose, steps = f"{source.place('grid', key)}, grid key `{key}`", tuple(key.split("."))
+                _check_entry(raw, steps, whose)
+                _change(raw, steps, value, whose, changed)
             for path in _seeded(raw) if seed is not None else ():
                 _change(raw, path, seed, f"{source.place('seeds')}, {_BY_SEEDS}", changed)
             named = {key: label for key, (label, _) in point.items()}
@@ -110,12 +117,18 @@ def parse_study(text: str, *, name: str = "study", overrides: Iterable[str] = ()
 
 def recipes_of(path: Path | str, overrides: Iterable[str] = ()) -> tuple[str, list[Recipe]]:
     """The name of a recipe or study, and the recipes that it stands for. Raises `RecipeError` as `load` does."""
+    name, variants = variants_of(path, overrides)
+    return name, [variant.recipe for variant in variants]
+
+
+def variants_of(path: Path | str, overrides: Iterable[str] = ()) -> tuple[str, list[Variant]]:
+    """As `recipes_of`, each with its seed and its point of the grid; a recipe that is no study is its only variant."""
     text, overrides = _read(path), list(overrides)
     if _Source(text, str(path), overrides).raw.keys() & set(_STUDY):
         study = parse_study(text, name=str(path), overrides=overrides)
-        return study.name, [variant.recipe for variant in study.variants]
+        return study.name, list(study.variants)
     recipe = parse(text, name=str(path), overrides=overrides)
-    return recipe.name, [recipe]
+    return recipe.name, [Variant(None, {}, recipe)]
 
 
 def _read(path: Path | str) -> str:
@@ -215,6 +228,30 @@ def _parsed(override: str) -> tuple[tuple[str, ...], object]:
         return path, yaml.load(value, Loader=Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {override!r}: the value is not YAML: {error}") from error
+
+
+def _check_entry(raw: Mapping[str, Any], path: tuple[str, ...], whose: str) -> None:
+    """Refuse a key below an entry with a name of its own (`select.<name>.ratio`) that the recipe does not have."""
+    for depth in range(1, len(path) - 1):
+        entries, name = _dig(raw, path[:depth]), path[depth]
+        if name == "*" or not _has_named_entries(path[:depth]) or not isinstance(entries, dict) or name in entries:
+            continue
+        section = ".".join(path[:depth])
+        raise RecipeError(
+            f"{whose}: `{section}` has no `{name}`.",
+            facts={"found": name, "expected": f"one of: {', '.join(map(str, entries))}"},
+            remedy=nearest(name, map(str, entries)) or f"Write `{section}.{name}` in the recipe, for the grid to vary.",
+        )
+
+
+def _has_named_entries(path: tuple[str, ...]) -> bool:
+    """Whether the keys of this section are names that a recipe chooses: `select`, `evaluate.documents`."""
+    kind: Any = Recipe
+    for step in path:
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)) or step not in kind.model_fields:
+            return False
+        kind = kind.model_fields[step].annotation
+    return get_origin(kind) is dict
 
 
 def _change(raw: dict[str, Any], path: tuple[str, ...], value: object, by: str, changed: _Changed) -> None:

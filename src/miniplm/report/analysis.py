@@ -25,6 +25,7 @@ from miniplm.evaluation.evaluate import Evaluation
 from miniplm.packing.instances import Packed, open_packed
 from miniplm.pipeline.chain import Chain
 from miniplm.pipeline.costs import costs
+from miniplm.pipeline.curves import STEEP
 from miniplm.recipe import Recipe
 from miniplm.report.benchmarks import ROLES
 from miniplm.sampling.base import keep_count, open_selection
@@ -33,7 +34,6 @@ from miniplm.scoring.base import Normalize, Scores
 
 CELLS = 36  # along each side of the figure of two differences
 CLIPPED = (0.005, 0.995)  # quantiles; what lies beyond is counted in the outermost cells
-STEEP = 0.2  # of training: the first, steep part of a curve, which follows no power law
 EXTRAPOLATED = 10.0  # times a student's operations
 ENDS: tuple[Literal["control"], Literal["student"]] = ("control", "student")  # the control's first, as in the paper
 LINE_POINTS = 33  # of a law that is drawn

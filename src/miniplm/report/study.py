@@ -1,13 +1,16 @@
 """What a study found, gathered from the artifacts of its branches into plain JSON types: `study.json`.
 
-    branches (a seed, a point of the grid) × students × yardsticks ──► mean over seeds, difference from the control
+    branches (a seed, a point of the grid) × students × yardsticks ──► mean over seeds, difference from the control,
+                                                                        difference from the first value of each grid key
 
 A yardstick is a number that a student has: the loss on the held-out mixture, the mean of its sources' losses (each
 counts the same), the loss on each source, on each group of sources (`evaluate.groups`) and on each set of documents,
 the accuracy on each task. The control is, at the same point and seed, the student of the same terms whose data chance
-chose. Branches that are not done are left out, and counted.
+chose. Points are compared too, student by student and seed by seed: each with the point that has a key's first value
+and is otherwise the same (`points`). Branches that are not done are left out, and counted.
 
-Losses are in nats per token, or in bits per byte where students read different tokens.
+Losses are in nats per token, of sets of documents whose beginnings are read the paper's mean over documents; in bits
+per byte where students read different tokens. Differences of tasks take in the error over questions (`seeds.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from miniplm import artifact
-from miniplm.analysis.seeds import Mean, mean_over_seeds, paired, verdict
+from miniplm.analysis.seeds import Mean, mean_over_seeds, paired, verdict, widened
 from miniplm.errors import ArtifactMissingError
 from miniplm.evaluation.evaluate import open_evaluation
 from miniplm.evaluation.loss import ALL, HELD_OUT, loss_on
@@ -32,13 +35,14 @@ from miniplm.progress import printable
 from miniplm.recipe import Study
 from miniplm.report.training import control_of
 
-SCHEMA = 1
+SCHEMA = 2
 MIXTURE, SOURCES = "held-out mixture", "mean of sources"
 _NATS, _BITS = "nats_per_token", "bits_per_byte"
+_BY_DOCUMENT = "nats_per_token_by_document"
 _LOWER_IS_BETTER = ("perplexity", "bits_per_byte")  # of the harness's metrics
 _COLUMNS = (
-    "point", "student", "yardstick", "unit", "seeds", "mean", "low", "high", "deviation", "control", "difference",
-    "difference_low", "difference_high", "verdict",
+    "point", "student", "yardstick", "unit", "seeds", "mean", "low", "high", "deviation", "control", "against",
+    "difference", "difference_low", "difference_high", "verdict",
 )  # fmt: skip
 
 
@@ -52,6 +56,17 @@ class Yardstick:
     lower_is_better: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """What a student measures on a yardstick with one seed; of tasks with the standard error over questions."""
+
+    value: float
+    error: float | None = None
+
+
+_BySeed = Mapping[int, Figure]
+
+
 def gather(study: Study, branches: Sequence[Branch]) -> dict[str, Any]:
     """The findings of the branches that are done. Raises ArtifactMissingError if none is."""
     done = [branch for branch in branches if branch.done]
@@ -62,7 +77,7 @@ def gather(study: Study, branches: Sequence[Branch]) -> dict[str, Any]:
             remedy="`miniplm study` makes them; it goes on where it stopped.",
         )
     metric = _BITS if any(branch.variant.recipe.retokenize for branch in done) else _NATS
-    measured: dict[tuple[str, str], dict[Yardstick, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    measured: dict[tuple[str, str], dict[Yardstick, dict[int, Figure]]] = defaultdict(lambda: defaultdict(dict))
     controls: dict[tuple[str, str], str | None] = {}
     for number, branch in enumerate(done):
         point, recipe = point_label(branch.variant.point), branch.variant.recipe
@@ -72,12 +87,19 @@ def gather(study: Study, branches: Sequence[Branch]) -> dict[str, Any]:
             for yardstick, value in _figures(branch, name, metric).items():
                 measured[point, name][yardstick][seed] = value
     rows = [
-        _row(point, name, yardstick, seeds, _of(measured, point, controls[point, name], yardstick))
+        _row(point, name, yardstick, seeds, _of(measured, point, control, yardstick), control=control)
         for (point, name), found in measured.items()
+        for control in (controls[point, name],)
         for yardstick, seeds in found.items()
     ]
-    for row in rows:
-        row["control"] = controls[row["point"], row["student"]]
+    points = [
+        _row(point, name, yardstick, seeds, theirs, against=against)
+        for point, against in _pairs_of_points(study)
+        for (where, name), found in measured.items()
+        if where == point
+        for yardstick, seeds in found.items()
+        if (theirs := _of(measured, against, name, yardstick)).keys() & seeds.keys()
+    ]
     grid: dict[str, list[str]] = defaultdict(list)
     for variant in study.variants:
         for key, named in variant.point.items():
@@ -92,6 +114,8 @@ def gather(study: Study, branches: Sequence[Branch]) -> dict[str, Any]:
         "grid": dict(grid),
         "yardsticks": [asdict(one) for one in dict.fromkeys(y for found in measured.values() for y in found)],
         "rows": rows,
+        "points": points,
+        "tasks": _said_of_tasks(done),
         "models": _models(done),
         "selections": _selections(done),
         "stages": sorted({stage.identity.fingerprint for branch in done for stage in branch.stages.values()}),
@@ -107,16 +131,16 @@ def point_label(point: Mapping[str, str]) -> str:
 
 
 def as_csv(findings: Mapping[str, Any]) -> str:
-    """A row for each point, student and yardstick."""
+    """A row for each point, student and yardstick, against its control; then those against other points (`against`)."""
     text = io.StringIO()
     writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
-    writer.writerows(findings["rows"])
+    writer.writerows([*findings["rows"], *findings["points"]])
     return text.getvalue()
 
 
 def lines(findings: Mapping[str, Any]) -> list[str]:
-    """What is printed: for each point and student the yardsticks of the whole, against the control."""
+    """What is printed: for each yardstick of the whole and each point the students against the control, then points."""
     shown = [y for y in findings["yardsticks"] if y["kind"] != "source"]
     found = [""]
     if findings["runs_done"] < findings["runs"]:
@@ -125,27 +149,46 @@ def lines(findings: Mapping[str, Any]) -> list[str]:
     for yardstick in shown:
         better = "lower" if yardstick["lower_is_better"] else "higher"
         found.append(f"{yardstick['name']}, {yardstick['unit']}, {better} is better")
-        for row in findings["rows"]:
-            if row["yardstick"] != yardstick["name"]:
+        heading = ""
+        for row in [*findings["rows"], *findings["points"]]:
+            if (row["yardstick"], row["unit"]) != (yardstick["name"], yardstick["unit"]):
                 continue
-            point = f"  [{printable(row['point'])}]" if row["point"] else ""
-            seeds = f"{row['seeds']} seed{'s' if row['seeds'] > 1 else ''}"
-            line = f"  {row['student']:<{width}}  {_plus_minus(row['mean'], row['low'])}  {seeds}"
-            if row["difference"] is not None:
-                line += f"  {_plus_minus(row['difference'], row['difference_low'], sign=True)}  {row['verdict']}"
-            found.append(line + point)
+            minus = "" if row["against"] is None else f" minus {row['against']}"
+            if heading != (heading := printable(row["point"] + minus)):
+                found.append(f"  {heading}")
+            found.append(f"  {'  ' if heading else ''}{row['student']:<{width}}  {_figures_of(row)}")
         found.append("")
     return [
         *found,
-        "± is half of a 95 % interval over seeds (Student's t); differences are paired by seed. `within noise`: the "
-        "interval holds 0.",
+        *(printable(line) for line in _task_lines(findings["tasks"])),
+        "± is half of a 95 % interval over seeds (Student's t); differences are paired by seed, and those of tasks "
+        "take in the error over questions. `within noise`: the interval holds 0, or has no width.",
     ]
 
 
-def _figures(branch: Branch, student: str, metric: str) -> dict[Yardstick, float]:
+def _figures_of(row: Mapping[str, Any]) -> str:
+    """A row's numbers; of a comparison of points the difference alone."""
+    seeds = f"{row['seeds']} seed{'s' if row['seeds'] > 1 else ''}"
+    difference = ""
+    if row["difference"] is not None:
+        difference = _plus_minus(row["difference"], row["difference_low"], sign=True)
+    if row["against"] is not None:
+        return f"{difference}  {row['verdict']}"
+    compared = f"  {difference} against {row['control']}  {row['verdict']}" if difference else ""
+    return f"{_plus_minus(row['mean'], row['low'])}  {seeds}{compared}"
+
+
+def _task_lines(tasks: Mapping[str, Any]) -> list[str]:
+    """What a reader of the tasks' figures has to know."""
+    missing = ", ".join(tasks["missing"])
+    found = [f"tasks without {missing}: no examples here; `average` is of the others."] if missing else []
+    return found + [f"{one['task']}: {one['note']} ({', '.join(one['students'])})" for one in tasks["notes"]]
+
+
+def _figures(branch: Branch, student: str, metric: str) -> dict[Yardstick, Figure]:
     """Every yardstick of one student in one branch."""
     stages, unit = branch.stages, metric.replace("_", " ")
-    found: dict[Yardstick, float] = {}
+    found: dict[Yardstick, Figure] = {}
     for name, stage in stages.items():
         kind, *between = name.removesuffix(f"/{student}").split("/")
         if not name.endswith(f"/{student}") or kind not in {"evaluate", "loss", "tasks"}:
@@ -153,38 +196,64 @@ def _figures(branch: Branch, student: str, metric: str) -> dict[Yardstick, float
         if kind == "tasks":
             for row in open_tasks(stage.path).rows:
                 lower = any(word in row.metric for word in _LOWER_IS_BETTER)
-                found[Yardstick(row.dataset, "task", row.metric, lower_is_better=lower)] = row.value
+                yardstick = Yardstick(row.dataset, "task", row.metric, lower_is_better=lower)
+                found[yardstick] = Figure(row.value, row.standard_error)
             continue
         evaluation = open_evaluation(stage.path)
         rows = [row for row in evaluation.rows if row.metric == metric]
-        whole = next(row.value for row in rows if row.source == ALL)
+        whole = Figure(next(row.value for row in rows if row.source == ALL))
         if kind == "loss":
-            found[Yardstick(between[0], "documents", unit)] = whole
+            by_document = [row for row in evaluation.rows if (row.metric, row.source) == (_BY_DOCUMENT, ALL)]
+            if metric == _NATS and by_document:
+                found[Yardstick(between[0], "documents", _BY_DOCUMENT.replace("_", " "))] = Figure(by_document[0].value)
+            else:
+                found[Yardstick(between[0], "documents", unit)] = whole
             continue
         of_sources = {row.source: row.value for row in rows if row.source != ALL}
         found[Yardstick(MIXTURE, "mixture", unit)] = whole
         for group, sources in branch.variant.recipe.evaluate.groups.items():
-            found[Yardstick(group, "group", unit)] = loss_on(evaluation.scores, sources, metric)
+            found[Yardstick(group, "group", unit)] = Figure(loss_on(evaluation.scores, sources, metric))
         if len(of_sources) > 1:
-            found[Yardstick(SOURCES, "sources", unit)] = float(np.mean(list(of_sources.values())))
-            found |= {Yardstick(f"{HELD_OUT}/{s}", "source", unit): value for s, value in of_sources.items()}
+            found[Yardstick(SOURCES, "sources", unit)] = Figure(float(np.mean(list(of_sources.values()))))
+            found |= {Yardstick(f"{HELD_OUT}/{s}", "source", unit): Figure(value) for s, value in of_sources.items()}
     return found
 
 
+def _pairs_of_points(study: Study) -> list[tuple[str, str]]:
+    """Labels of points to compare: each, and for each key of the grid the point that has the key's first value."""
+    points = list({tuple(variant.point.items()): variant.point for variant in study.variants}.values())
+    return [
+        (point_label(point), point_label(against))
+        for key, first in (points[0].items() if points else ())
+        for point in points
+        if (against := {**point, key: first}) != point
+    ]
+
+
 def _of(
-    measured: Mapping[tuple[str, str], Mapping[Yardstick, Mapping[int, float]]],
+    measured: Mapping[tuple[str, str], Mapping[Yardstick, _BySeed]],
     point: str,
-    control: str | None,
+    student: str | None,
     yardstick: Yardstick,
-) -> Mapping[int, float]:
-    return {} if control is None else measured[point, control].get(yardstick, {})
+) -> _BySeed:
+    """What was measured of a student; nothing if there is none."""
+    return {} if student is None else measured.get((point, student), {}).get(yardstick, {})
 
 
 def _row(
-    point: str, student: str, yardstick: Yardstick, ours: Mapping[int, float], control: Mapping[int, float]
+    point: str,
+    student: str,
+    yardstick: Yardstick,
+    ours: _BySeed,
+    theirs: _BySeed,
+    *,
+    control: str | None = None,
+    against: str | None = None,
 ) -> dict[str, Any]:
-    mean = mean_over_seeds(list(ours.values()))
-    gap: Mean | None = paired(ours, control) if ours.keys() & control.keys() else None
+    """A student at a point, and its difference from a control, or from itself at the point `against`."""
+    mean = mean_over_seeds([one.value for one in ours.values()])
+    seeds = sorted(ours.keys() & theirs.keys())
+    gap = _difference(ours, theirs, seeds) if seeds else None
     return {
         "point": point,
         "student": student,
@@ -195,12 +264,39 @@ def _row(
         "low": mean.low,
         "high": mean.high,
         "deviation": mean.deviation,
-        "values": {str(seed): value for seed, value in sorted(ours.items())},
+        "values": {str(seed): one.value for seed, one in sorted(ours.items())},
+        "control": control,
+        "against": against,
         "difference": None if gap is None else gap.value,
         "difference_low": None if gap is None else gap.low,
         "difference_high": None if gap is None else gap.high,
-        "differences": {str(s): ours[s] - control[s] for s in sorted(ours.keys() & control.keys())},
+        "differences": {str(seed): ours[seed].value - theirs[seed].value for seed in seeds},
         "verdict": None if gap is None else verdict(gap, lower_is_better=yardstick.lower_is_better),
+    }
+
+
+def _difference(ours: _BySeed, theirs: _BySeed, seeds: Sequence[int]) -> Mean:
+    """Ours minus theirs, seed by seed."""
+    gap = paired({seed: ours[seed].value for seed in seeds}, {seed: theirs[seed].value for seed in seeds})
+    errors = [(ours[seed].error, theirs[seed].error) for seed in seeds]
+    return widened(gap, [(a, b) for a, b in errors if a is not None and b is not None])
+
+
+def _said_of_tasks(done: Sequence[Branch]) -> dict[str, Any]:
+    """Tasks whose examples are missing, and notes on figures, with the students that each is of."""
+    missing: dict[str, None] = {}
+    notes: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
+    for branch in done:
+        for student in branch.variant.recipe.students:
+            if (stage := branch.stages.get(f"tasks/{student}")) is None:
+                continue
+            results = open_tasks(stage.path)
+            missing |= dict.fromkeys(results.missing)
+            for task, note in results.notes.items():
+                notes[task, note][student] = None
+    return {
+        "missing": list(missing),
+        "notes": [{"task": task, "note": note, "students": list(of)} for (task, note), of in notes.items()],
     }
 
 

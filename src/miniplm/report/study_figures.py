@@ -23,7 +23,7 @@ def differences(rows: Sequence[Mapping[str, Any]], yardsticks: Sequence[Mapping[
     if not yardsticks:
         return ""
     names = list(dict.fromkeys(row_name(row) for row in rows))
-    columns = min(PANELS, len(yardsticks))
+    columns = 2 if len(yardsticks) == 4 else min(PANELS, len(yardsticks))
     lines = -(-len(yardsticks) // columns)
     figure = Figure(
         figsize=(WIDTH / 72, lines * (76 + 1.5 * LINE_HEIGHT * len(names)) / 72),

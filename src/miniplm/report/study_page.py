@@ -26,15 +26,21 @@ def render(findings: Mapping[str, Any]) -> str:
     ]
     names = list(dict.fromkeys(row_name(row) for row in rows))
     by_name = {(row_name(row), row["yardstick"]): row for row in rows}
+    pairs = {(row["student"], row["point"], row["against"]): None for row in shown["points"]}
+    by_pair = {(row["student"], row["point"], row["against"], row["yardstick"]): row for row in shown["points"]}
+    tasks = [y for y in shown["yardsticks"] if y["kind"] == "task"]
     pages = environment()
     pages.filters |= {"interval": interval}
     return pages.get_template("study.html").render(
-        shown,
+        {**shown, "said_of_tasks": shown["tasks"]},
         css=style_sheet(),
         headline=headline(shown),
         names=names,
         by_name=by_name,
-        tables=[("The whole", whole), ("Tasks", [y for y in shown["yardsticks"] if y["kind"] == "task"]),
+        pairs=list(pairs),
+        by_pair=by_pair,
+        point_tables=[("The whole, between points", whole), ("Tasks, between points", tasks)],
+        tables=[("The whole", whole), ("Tasks", tasks),
                 ("Sources", [y for y in shown["yardsticks"] if y["kind"] == "source"])],
         differences=safe(study_figures.differences(rows, main)),
         by_source=safe(study_figures.by_source(of_sources)),
@@ -51,7 +57,8 @@ def headline(findings: Mapping[str, Any]) -> Markup:
         first = findings["yardsticks"][0]["name"]
     rows = [row for row in rows if row["yardstick"] == first]
     if not rows:
-        return Markup("No student of this study has a control, so it compares nothing.")
+        rest = "; it compares points of its grid." if findings["points"] else ", so it compares nothing."
+        return Markup("No student of this study has a control{}").format(rest)
     lower = next(y["lower_is_better"] for y in findings["yardsticks"] if y["name"] == first)
     best = min(
         rows, key=lambda row: (VERDICTS.index(row["verdict"]), row["difference"] if lower else -row["difference"])

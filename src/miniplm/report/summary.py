@@ -1,4 +1,4 @@
-"""What is printed at the end of a run: the students, what their training took, the data made for them, the analyses.
+"""What is printed at the end of a run: students, other models, what training took, the data made, the analyses.
 
 In: the findings, as in `report.json`. Out: lines for a terminal.
 """
@@ -23,6 +23,7 @@ def lines(findings: Mapping[str, Any]) -> list[str]:
         found.append(
             "Nats per token of different tokenizers cannot be compared; there the difference is in bits per byte."
         )
+    found += _others(findings)
     found += ["", *_costs([*students, *(one for one in findings["models"] if one["objective"])])]
     found.append(
         "operations (FLOP) with those of a teacher that is asked on the way; peak is this machine's in matrix products."
@@ -62,6 +63,19 @@ def _loss(one: Mapping[str, Any]) -> str:
         return ABSENT
     error = ABSENT if one["loss_se"] is None else f"{one['loss_se']:.4f}"
     return f"{one['loss']:>7.4f} ± {error:<6}"
+
+
+def _others(findings: Mapping[str, Any]) -> list[str]:
+    """Teacher, reference and other people's models, a line each: held-out loss, and average accuracy where asked."""
+    accuracy = _on_tasks(findings["tasks"])
+    found = []
+    for one in [*findings["models"], *findings["others"]]:
+        name = one.get("name") or one["role"]
+        told = [] if one["loss"] is None else [f"{_loss(one).strip()} nats per token"]
+        told += [] if one["bits_per_byte"] is None else [f"{one['bits_per_byte']:.4f} bits per byte"]
+        told += [f"average accuracy {accuracy[name]}"] if name in accuracy else []
+        found.append(f"{name}: {', '.join(told) or 'not measured'}")
+    return ["", *found] if found else []
 
 
 def _costs(models: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -79,6 +79,8 @@ def write_analysis(
         _replace(folder / f"{name}.csv", table_csv(table).encode())
         if svg:
             _replace(folder / f"{name}.svg", svg.encode())
+        else:  # one of an earlier call is of other numbers
+            (folder / f"{name}.svg").unlink(missing_ok=True)
         _replace(folder / f"{name}.json", artifact.pretty_json(found))
     return folder
 

@@ -7,13 +7,14 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Any
 
 from miniplm.artifact import Manifest, Workspace
 from miniplm.packing.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # who reads a curve needs no torch, which takes seconds to import
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 CURVE = "training.jsonl"
 KEPT = "checkpoints"  # folder of the models kept along the way
@@ -68,6 +69,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     `AutoTokenizer` of transformers 5 is no reader of it: to a `qwen2` model it gives Qwen2's own normaliser and
     splitter, whatever the folder says (`MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS`). *Measured 2026-11-21, NOTES.md.*
     """
+    from transformers import PreTrainedTokenizerFast
+
     separator = tokenizer.token(tokenizer.separator)
     tokenizer.backend.encode_special_tokens = False
     PreTrainedTokenizerFast(
