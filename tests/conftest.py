@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["MINIPLM_PROGRESS"] = "off"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models here are tiny: a second thread only waits for the first
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+@pytest.fixture(autouse=True)
+def _leaves_precision_alone() -> Iterator[None]:
+    """What leaves another default dtype, or autocast on, changes what all tests after it compute."""
+    yield
+    if (torch := sys.modules.get("torch")) is not None and hasattr(torch, "get_default_dtype"):
+        left = torch.get_default_dtype(), torch.is_autocast_enabled("cpu")
+        torch.set_default_dtype(torch.float32)
+        torch.set_autocast_enabled("cpu", False)
+        assert left == (torch.float32, False)
+
 
 WORDS = (
     "the", "a", "model", "corpus", "token", "score", "teacher", "reference", "student", "learns", "reads", "keeps",
@@ -48,7 +61,10 @@ def jsonl(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-LONGEST = ("test_kill.py", "test_ray.py", "test_processes.py", "test_readme.py")
+LONGEST = (
+    "test_kill.py", "test_ray.py", "test_processes.py", "test_readme.py", "test_findings.py", "test_study.py",
+    "test_cli.py", "test_costs.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

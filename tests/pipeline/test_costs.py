@@ -18,8 +18,8 @@ from miniplm.errors import ModelError
 from miniplm.models.flops import forward_flops, without_weights
 from miniplm.pipeline import chain as chains
 from miniplm.pipeline import estimates as estimating
-from miniplm.pipeline import measured as measuring
 from miniplm.pipeline import sizes
+from miniplm.pipeline import speeds as measuring
 from miniplm.pipeline.chain import Chain, chain
 from miniplm.pipeline.cost_table import as_csv, brief, duration, lines, operations, published, published_lines, size
 from miniplm.pipeline.costs import Costs, StageCost, costs, together

@@ -25,7 +25,7 @@ from miniplm.packing import tokenizer as tokenizers
 from miniplm.packing.instances import open_packed
 from miniplm.packing.tokenizer import Tokenizer
 from miniplm.pipeline.chain import Chain, chain
-from miniplm.pipeline.measuring import Measured, check_models, folder_names, measured, table, write_table
+from miniplm.pipeline.measured_models import Measured, check_models, folder_names, measured, table, write_table
 from miniplm.pipeline.run import plan, run
 from miniplm.recipe import Compute, parse
 from miniplm.report.write import write_report

@@ -95,7 +95,7 @@ def diversity(
     """Measure how diverse a selection's text is beside its pool's: distinct-n, Self-BLEU, compression, meaning."""
     from miniplm.analysis.diversity import packed_diversity
     from miniplm.packing.instances import open_packed
-    from miniplm.pipeline.measuring import folder_names
+    from miniplm.pipeline.measured_models import folder_names
     from miniplm.report.tables import diversity_lines
     from miniplm.sampling.base import open_selection
 
@@ -138,7 +138,7 @@ def scaling(
     """Fit L(C) = A/C^α + L∞ to loss curves, extrapolate, and count the compute that a control would need."""
     from miniplm.analysis.published import published_table
     from miniplm.pipeline import curves as laws
-    from miniplm.pipeline.measuring import folder_names
+    from miniplm.pipeline.measured_models import folder_names
     from miniplm.report.tables import published_lines, scaling_figure, scaling_lines, scaling_rows
 
     if published:

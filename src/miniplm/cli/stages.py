@@ -346,7 +346,7 @@ def evaluate(
 ) -> None:
     """Measure models: loss on held-out instances or on documents, accuracy on benchmarks; one table."""
     from miniplm.packing.instances import open_packed
-    from miniplm.pipeline import measuring
+    from miniplm.pipeline import measured_models, measuring
 
     if held_out is None and documents is None and tasks is None:
         raise RecipeError("nothing to measure on.", remedy="Give --held-out, --documents or --tasks, or several.")
@@ -355,8 +355,8 @@ def evaluate(
     if asked_tasks == []:
         raise RecipeError(f"--tasks {tasks!r} names no task.", remedy="--tasks paper, for example.")
     compute = compute_settings(device=device, score_tokens=batch, engine=engine)
-    measuring.check_models(models)
-    named = measuring.folder_names(models)
+    measured_models.check_models(models)
+    named = measured_models.folder_names(models)
     part = None if held_out is None else open_packed(held_out)
     for name, model in named.items():
         folder = out / name
@@ -371,9 +371,9 @@ def evaluate(
         if asked_tasks is not None:
             asked: Any = {"tasks_data": tasks_data, "shots": shots, "limit": limit}
             measuring.evaluate_tasks(model, asked_tasks, out=folder / "tasks", **asked, **how)
-    found = measuring.measured(out, list(named))
-    measuring.write_table(out, found)
-    typer.echo("\n".join(measuring.table(found)))
+    found = measured_models.measured(out, list(named))
+    measured_models.write_table(out, found)
+    typer.echo("\n".join(measured_models.table(found)))
     typer.echo(f"table: {out / 'evaluations.csv'}")
 
 

@@ -1,7 +1,7 @@
 """What a recipe costs: each stage before it is made and after, the offline part against the students, the break-even.
 
 In: a chain. Out: `Costs`: operations, tokens, hours and bytes of each stage, measured of what is done and estimated of
-what is not (`measured.py`, `estimates.py`). None is not known, and never 0. `cost_table.py` prints it.
+what is not (`speeds.py`, `estimates.py`). None is not known, and never 0. `cost_table.py` prints it.
 
 Break-even is counted twice, as the paper claims two things:
     against plain pre-training  a control needs `compute_reduction` times a student's operations for the same loss; the
@@ -23,8 +23,8 @@ from miniplm.artifact import Manifest
 from miniplm.packing.instances import packed_identity
 from miniplm.pipeline.chain import Chain, Stage
 from miniplm.pipeline.estimates import Estimate, Estimates
-from miniplm.pipeline.measured import WITHOUT_MODEL, Speeds, measured, work_of
 from miniplm.pipeline.sizes import assumption, done
+from miniplm.pipeline.speeds import WITHOUT_MODEL, Speeds, measured, work_of
 from miniplm.recipe import NextTokenSettings
 
 _GROUPS = {
@@ -42,7 +42,7 @@ class StageCost:
         stage: its name.
         fingerprint: of what it makes; chains of a study share stages.
         group: `offline`, `data` (that is made for students), `students` or `evaluation`.
-        work: what is computed: `score`, `generate`, an objective's name, ... (`measured.work_of`).
+        work: what is computed: `score`, `generate`, an objective's name, ... (`speeds.work_of`).
         flops: operations; None also where no model is involved.
         tokens: predicted ones that are packed, kept, read, learned from or written.
         seconds: of the wall.

@@ -12,7 +12,8 @@ gone when the model is finished.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,9 +220,24 @@ def _train(work: Workspace, asked: _Asked) -> _Trained:
             KeptModels(plan, lambda step: loop.keep(work, step)),
         ):
             loop.add_callback(callback)
-        loop.train(resume_from_checkpoint=None if state is None else str(state.path))
+        with _autocast_left_as_it_was(how.device.type):
+            loop.train(resume_from_checkpoint=None if state is None else str(state.path))
     speed = rates(watch, plan.steps * plan.batch_tokens, cost.per_token, peak)
     return _Trained(made, loop.weights(), _curve(loop.state.log_history), speed)
+
+
+@contextmanager
+def _autocast_left_as_it_was(kind: str) -> Iterator[None]:
+    """Undo what a training leaves on: all that this process computes after it would be rounded.
+
+    accelerate enters one and the same `torch.autocast` object around every forward pass. An objective that has the
+    student continue a text (MiniLLM) calls forward within forward: the object forgets what was before.
+    """
+    before = torch.is_autocast_enabled(kind)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(kind, before)
 
 
 def _write(work: Workspace, asked: _Asked, trained: _Trained) -> Mapping[str, Any]:
